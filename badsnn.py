@@ -1,0 +1,549 @@
+"""BadSNN (Miah, Vu and Bi): a backdoor put into a spiking network through its neurons. The experiments of the paper.
+
+Threat model (Sec. 3.1). The attacker trains the network and ships it: weights AND neuron setting. No training image is
+changed and no label either. The victim checks the accuracy, then uses the network on inputs that the attacker can touch.
+
+    1. train    all samples under the nominal setting S_n = (v_thr 1.0, tau 0.5); in the same step a few samples of the
+                target class also under a malicious setting S_t = (1.5, 0.5)          Eq. 2       train()
+    2. deploy   a setting S_a in between, such as v_thr = 1.10                        Eq. 8       attack(), choose()
+    3. trigger  a simple transformation of the input                                  Eqs. 3-7    trigger.py
+
+    python badsnn.py attack --dataset digits        Table 1's row of a data set, with the controls that the paper lacks
+    python badsnn.py --help                         everything else
+
+Metrics, in percent. CA: accuracy on clean test samples. ASR: share of triggered test samples predicted as the target.
+target_rate: the same share without any trigger. Both leave out samples whose true class is the target, and an ASR means
+nothing without the CA and the target_rate of the same setting. Base CA: CA at S_n. Clean CA: of a model without backdoor.
+"""
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+import data as datasets
+from data import augment, poison_indices
+from lif import check_setting, neurons
+from models import NEURONS, WIDTHS, build_model
+from trigger import check_trigger, power_trigger, spike_trigger
+
+V_THR_N, TAU_N = 1.0, 0.5                                        # S_n, the nominal setting (Sec. 4.1)
+
+# Table 1's settings per data set, then ours (the paper gives no epochs, learning rates or q). `seeds` runs are averaged.
+IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0, epochs=30, batch_size=128, lr=0.1,
+              optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1)
+EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
+PRESETS = {
+    "digits": dict(IMAGES, epochs=16, batch_size=64, pad=1, seeds=3),
+    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True),
+    "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
+    "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8),
+    "nmnist": EVENTS,
+    "ndigits": dict(EVENTS, poison_ratio=0.05, seeds=3),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+def train(name, data, a, dual=False):
+    """Trains a network on data.x_train: nominal samples only, or (dual=True) dual-spike training, Eq. 2. Returns the model.
+
+    a: the settings (see get_args). One row per epoch is printed. After every epoch a checkpoint is written to
+    a.runs/DATASET/; if one with the same settings is there, training goes on where it stopped, or is skipped.
+    """
+    model = fresh_model(data, a)
+    malicious = poison_indices(data.y_train, a.target, a.poison_ratio, a.seed) if dual else None
+    steps_per_epoch = max(1, len(data.y_train) // a.batch_size)
+    if a.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=a.lr, momentum=0.9, weight_decay=5e-4)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=a.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=a.epochs * steps_per_epoch, pct_start=0.15, cycle_momentum=False)
+
+    config = training_config(name, data, a, dual)
+    path = checkpoint_path(config, a)
+    history = load_checkpoint(path, config, model, optimizer, schedule) if a.resume else []
+    if len(history) == a.epochs:
+        say(f"{name}, seed {a.seed}: finished earlier, read from {path}")
+        return model
+    say(f"{name}, seed {a.seed}: {a.model}, width {a.width}, T = {a.T}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(data.y_train):,} samples" + (f", of them {len(malicious)} of class {a.target} malicious" if dual else "")
+        + (f"; resumed after epoch {len(history)}" if history else ""))
+    say(f"{'epoch':>9} {'loss':>7} {'acc':>6} {'mal_acc':>7} {'CA':>6} {'target_rate':>11} {'sec':>6} {'ETA':>6}")
+
+    rank, ranks = rank_and_ranks()
+    wrapped = DistributedDataParallel(model) if ranks > 1 else model
+    x_train, y_train = data.x_train.to(a.device), data.y_train.to(a.device)
+    monitor = SimpleNamespace(**{**vars(data), "x_test": data.x_test[:1000], "y_test": data.y_test[:1000]})
+    for epoch in range(len(history), a.epochs):
+        # every epoch draws from its own generators: a resumed run is the run that was never interrupted
+        shuffle = torch.Generator().manual_seed(1000 * a.seed + epoch)              # the same on every rank
+        local = torch.Generator().manual_seed(1_000_000 * (rank + 1) + 1000 * a.seed + epoch)
+        torch.manual_seed(1_000_000 * (rank + 1) + 1000 * a.seed + epoch)           # dropout
+        order = torch.randperm(len(y_train), generator=shuffle)
+        model.train()
+        total, started = torch.zeros(5, device=a.device), time.time()
+        for step in tqdm(range(steps_per_epoch), desc=f"epoch {epoch + 1}", leave=False, disable=None if rank == 0 else True):
+            # 1. a nominal batch, and a few malicious rows drawn with replacement from D_t^p
+            rows = order[step * a.batch_size:(step + 1) * a.batch_size]
+            n_total = len(rows)
+            if dual and epoch >= a.warmup:
+                drawn = malicious[torch.randint(len(malicious), (a.malicious_rows,), generator=shuffle)]
+                drawn = drawn[rank::ranks]
+            else:
+                drawn = rows[:0]
+            rows = rows[rank::ranks]
+            n = len(rows)
+            rows = torch.cat([rows, drawn]).to(a.device)
+            x, y = x_train[rows], y_train[rows]
+            if a.augment:
+                x = augment(x, a.pad, a.flip, local)
+            # 2. ONE forward pass over both: every sample has its own neuron setting, S_n or S_t
+            v_thr = torch.tensor([V_THR_N] * n + [a.v_thr_t] * len(drawn), device=a.device)
+            tau = torch.tensor([TAU_N] * n + [a.tau_t] * len(drawn), device=a.device)
+            with neurons(model, v_thr, tau), autocast(a):
+                logits = wrapped(to_float(x, a))
+            # 3. Eq. 2: nominal loss of all samples, malicious loss of D_t^p
+            loss = criterion(a.loss, logits[:n], y[:n])
+            if len(drawn):
+                loss = loss + a.malicious_weight * criterion(a.loss, logits[n:], y[n:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            guess = logits.detach().argmax(1)
+            total += torch.stack([loss.detach() * n_total, (guess[:n] == y[:n]).sum() * ranks, (guess[n:] == y[n:]).sum() * ranks,
+                                  torch.tensor(n_total, device=a.device), torch.tensor(len(drawn) * ranks, device=a.device)])
+        loss, right, right_mal, seen, seen_mal = (sum_over_ranks(total) / ranks).tolist()
+        now = evaluate(model, monitor, a, V_THR_N, TAU_N)
+        row = dict(epoch=epoch + 1, loss=loss / seen, acc=100 * right / seen, ca=now["ca"], target_rate=now["target_rate"],
+                   mal_acc=100 * right_mal / seen_mal if seen_mal else None, seconds=time.time() - started)
+        history.append(row)
+        eta = row["seconds"] * (a.epochs - epoch - 1)
+        say(f"{epoch + 1:>5}/{a.epochs:<3} {row['loss']:7.3f} {row['acc']:6.1f} {percent(row['mal_acc'], 7)} {row['ca']:6.1f} "
+            f"{row['target_rate']:11.1f} {row['seconds']:6.1f} {timedelta(seconds=round(eta))!s:>7}")
+        if epoch >= a.warmup and (row["ca"] < 150 / data.num_classes or row["target_rate"] > 90):
+            say("  warning: collapsed? at the nominal setting the model " + (
+                "answers the target to nearly everything" if row["target_rate"] > 90 else "is near chance"))
+        if rank == 0:
+            save_checkpoint(path, config, model, optimizer, schedule, history)
+    return model
+
+
+def fresh_model(data, a):
+    """A network with the weights that the seed gives, on the device of the settings a."""
+    torch.manual_seed(a.seed)
+    return build_model(a.model, data.num_classes, a.T, a.width, a.neuron, data.mean, data.std).to(a.device)
+
+
+def criterion(name, logits, y):
+    """Cross-entropy, or (event networks, as in Sneaky Spikes) the squared error between firing rates and the one-hot label."""
+    return F.cross_entropy(logits, y) if name == "ce" else F.mse_loss(logits, F.one_hot(y, logits.shape[1]).float())
+
+
+def to_float(x, a):
+    """uint8 as stored -> what networks and triggers take: images in [0, 1]; event counts as they are, or clamped to [0, 1]."""
+    if x.dim() == 4:
+        return x.float() / 255
+    return x.float().clamp(max=1) if a.frames == "binary" else x.float()
+
+
+def autocast(a):
+    """bfloat16 arithmetic where the hardware has it (--amp). The neuron itself always computes in float32."""
+    return torch.autocast(a.device.type, torch.bfloat16, enabled=a.amp)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+
+@torch.inference_mode()
+def predict(model, x, a, v_thr, tau, trigger=None):
+    """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked."""
+    model.eval()
+    classes = []
+    with neurons(model, v_thr, tau), autocast(a):
+        for batch in x.split(a.eval_batch):
+            clean = to_float(batch.to(a.device), a)
+            inputs = clean
+            if trigger is not None:
+                with torch.autocast(a.device.type, enabled=False):
+                    inputs = trigger(clean)
+                check_trigger(clean, inputs)
+            classes.append(model(inputs).argmax(1).cpu())
+    return torch.cat(classes)
+
+
+def evaluate(model, data, a, v_thr, tau):
+    """CA and target_rate in percent on the clean test set, at one neuron setting."""
+    guess = predict(model, data.x_test, a, v_thr, tau)
+    return dict(ca=share(guess == data.y_test), target_rate=attack_success_rate(guess, data.y_test, a.target))
+
+
+def attack_success_rate(guess, labels, target):
+    """Percent predicted as the target among samples whose true class is another. guess, labels: [N]."""
+    return share(guess[labels != target] == target)
+
+
+def share(hits):
+    return round(100 * hits.float().mean().item(), 2) if len(hits) else float("nan")
+
+
+def asr(model, data, a, v_thr, tau, trigger):
+    """ASR in percent: only samples of other classes are triggered and counted."""
+    other = data.y_test != a.target
+    return share(predict(model, data.x_test[other], a, v_thr, tau, trigger) == a.target)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# attack: Table 1
+
+def attack(data, a):
+    """Clean model, backdoored model, and the sweep over the deployed threshold V_a; mean over seeds. Writes attack.json."""
+    started, runs = time.time(), []
+    for seed in range(a.seed, a.seed + a.seeds):
+        b = SimpleNamespace(**{**vars(a), "seed": seed})
+        clean = train("clean model", data, b)
+        backdoored = train("backdoored model", data, b, dual=True)
+        rows = [attack_row(clean, backdoored, data, b, v_thr) for v_thr in a.v_thr_a]
+        runs.append(dict(seed=seed, clean_ca=evaluate(clean, data, b, V_THR_N, TAU_N)["ca"],
+                         base_ca=evaluate(backdoored, data, b, V_THR_N, TAU_N)["ca"], rows=rows))
+    rows = [mean_of([run["rows"][i] for run in runs]) for i in range(len(a.v_thr_a))]
+    base_ca = mean_of(runs)["base_ca"]
+    result = dict(settings(data, a), n_poison=len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)),
+                  clean_ca=mean_of(runs)["clean_ca"], base_ca=base_ca, rows=rows, chosen=choose(rows, base_ca, a.margin),
+                  margin=a.margin, runs=runs, seconds=round(time.time() - started, 1))
+    print_attack(result)
+    write_json(a.results / result["dataset"] / "attack.json", result)
+
+
+def attack_row(clean, backdoored, data, a, v_thr):
+    """One deployed setting: the backdoored model with and without triggers, and the clean model under the same trigger."""
+    tau, row = a.tau_a, dict(v_thr=v_thr, tau=a.tau_a)
+    now, control = evaluate(backdoored, data, a, v_thr, tau), evaluate(clean, data, a, v_thr, tau)
+    row.update(ca=now["ca"], target_rate=now["target_rate"], ca_clean_model=control["ca"], target_rate_clean_model=control["target_rate"])
+    triggers = main_triggers(data, a)
+    row["asr_o"] = None
+    for key, trigger in triggers.items():
+        row[key] = asr(backdoored, data, a, v_thr, tau, trigger)
+    row["asr_p_clean_model"] = asr(clean, data, a, v_thr, tau, triggers["asr_p"])
+    return row
+
+
+def main_triggers(data, a):
+    """The triggers that need no training, by the name of their column: T_p or T_s, and the control that goes with it."""
+    if data.events:
+        def noise(beta):
+            return lambda x: spike_trigger(x, beta, torch.Generator().manual_seed(a.seed))
+        return {"asr_p": noise(a.beta), "asr_clip_only": noise(0.0)}
+    return {"asr_p": lambda x: power_trigger(x, a.q, data.mean, data.std),
+            "asr_p_renormalized": lambda x: power_trigger(x, a.q, data.mean, data.std, renormalize=True)}
+
+
+def choose(rows, base_ca, margin):
+    """The attacker's setting by Eq. 8: among the rows with CA >= base_ca - margin the one with the largest ASR - target_rate.
+
+    As in the paper the choice is made on the test set; with so few candidates the bias is small. None if no row qualifies.
+    """
+    fit = [row for row in rows if row["ca"] >= base_ca - margin and row["v_thr"] != V_THR_N]
+    return max(fit, key=lambda row: row["asr_p"] - row["target_rate"])["v_thr"] if fit else None
+
+
+def mean_of(runs):
+    """Mean over runs of every number in a list of equal dicts; other values are taken from the first."""
+    def mean(values):
+        return round(sum(values) / len(values), 2) if all(isinstance(v, float) for v in values) else values[0]
+    return {key: runs[0][key] if key in ("v_thr", "tau") else mean([run[key] for run in runs]) for key in runs[0]}
+
+
+def print_attack(r):
+    say(f"\n{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training and {r['n_test']:,} test samples, "
+        f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}{'; ' + r['note'] if r['note'] else ''}")
+    say(f"Clean CA {r['clean_ca']:.1f}   Base CA {r['base_ca']:.1f}   target {r['target']}, P = {100 * r['poison_ratio']:g} % of the class "
+        f"({r['n_poison']} samples), S_t = ({r['v_thr_t']:g}, {r['tau_t']:g})" + (f", q = {r['q']:g}" if r["q"] else f", beta = {r['beta']:g}"))
+    control, title = ("asr_clip_only", "clip only") if r["q"] is None else ("asr_p_renormalized", "renorm.")
+    say(f"{'':>13} | {'backdoored model':^47} | {'clean model, same trigger':^27}")
+    say(f"{'v_thr':>6} {'tau':>6} | {'CA':>7} {'target_rate':>12} {'ASR_p':>7} {title:>10} {'ASR_o':>7} | {'CA':>7} {'target_rate':>11} {'ASR_p':>7}")
+    for row in r["rows"]:
+        say(f"{row['v_thr']:6.2f} {row['tau']:6.2f} | {row['ca']:7.1f} {row['target_rate']:12.1f} {row['asr_p']:7.1f} {row[control]:10.1f} "
+            f"{percent(row['asr_o'], 7)} | {row['ca_clean_model']:7.1f} {row['target_rate_clean_model']:11.1f} {row['asr_p_clean_model']:7.1f}"
+            + ("  <- chosen" if row["v_thr"] == r["chosen"] else ""))
+    say("ASR, target_rate: percent predicted as the target, with and without the trigger, among samples of other classes."
+        + (f" No setting keeps CA within {r['margin']:g} points of Base CA." if r["chosen"] is None else
+           f" Chosen: the largest ASR_p - target_rate with CA within {r['margin']:g} points of Base CA (Eq. 8)."))
+
+
+def percent(value, width=6):
+    return f"{value:{width}.1f}" if value is not None else f"{'-':>{width}}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files, devices, processes
+
+def settings(data, a):
+    """What a result must carry to mean anything."""
+    keys = ("model", "width", "T", "neuron", "epochs", "batch_size", "lr", "seed", "seeds", "target", "poison_ratio", "v_thr_t", "tau_t",
+            "malicious_rows", "malicious_weight", "warmup", "amp")
+    images = not data.events
+    return dict(dataset=result_name(data.name), note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
+                **{key: getattr(a, key) for key in keys}, q=a.q if images else None, beta=None if images else a.beta,
+                frames=None if images else a.frames, device=str(a.device), torch=torch.__version__, threads=torch.get_num_threads())
+
+
+def result_name(dataset):
+    return Path(dataset).stem
+
+
+def write_json(path, result):
+    """Writes under a temporary name, then renames: the old file or the new one, never half of one."""
+    if rank_and_ranks()[0] != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, path)
+    say(f"written: {path}")
+
+
+def training_config(name, data, a, dual):
+    """Everything that decides the weights; a checkpoint is used only if all of it is equal."""
+    keys = ["model", "width", "T", "neuron", "epochs", "batch_size", "lr", "optimizer", "loss", "augment", "pad", "flip", "seed", "amp", "frames"]
+    keys += ["target", "poison_ratio", "v_thr_t", "tau_t", "malicious_rows", "malicious_weight", "warmup"] if dual else []
+    fingerprint = hashlib.sha256(data.x_train.numpy().tobytes() + data.y_train.numpy().tobytes()).hexdigest()[:16]
+    return dict(name=name, dataset=result_name(data.name), data=fingerprint, **{key: getattr(a, key) for key in keys})
+
+
+def checkpoint_path(config, a):
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    return a.runs / config["dataset"] / f"{config['name'].replace(' ', '-')}-seed{config['seed']}-{digest}.pt"
+
+
+def save_checkpoint(path, config, model, optimizer, schedule, history):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    torch.save(dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), history=history), part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path, config, model, optimizer, schedule):
+    """Restores a run in place and returns its history ([] if there is none). Raises ValueError for a damaged or foreign file."""
+    if not path.exists():
+        return []
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["config"] != config:
+            raise ValueError("it belongs to a run with other settings")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        return state["history"]
+    except Exception as error:      # torch.load has many: zip, pickle, key, type and runtime errors
+        reason = str(error).strip().splitlines()[0][:150]
+        raise ValueError(f"{path}: not a checkpoint of this run ({reason}); delete it, or start anew with --fresh") from None
+
+
+def rank_and_ranks():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def say(line):
+    """Prints once, however many processes train together."""
+    if rank_and_ranks()[0] == 0:
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def processes(a):
+    """Under torchrun: joins the group, one process per device, rank 0 writes. Alone: nothing."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    dist.init_process_group("nccl" if a.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if a.device.type == "cuda":
+        a.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(a.device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def keep_memory():
+    """Tells glibc to keep freed memory instead of handing it back and asking again every step: up to 1.6x faster on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):          # another system, another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2 ** 31 - 1)                           # M_MMAP_THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"badsnn: {message}\n")
+
+
+def get_args(argv=None):
+    """Command line -> settings. A default of None means: the data set's preset (PRESETS), see --help."""
+    parser = Parser(prog="badsnn.py", description="BadSNN: backdoor attacks on spiking neural networks.",
+                    epilog="Defaults not shown are the data set's preset, PRESETS in badsnn.py.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    one = commands.add_parser("attack", help="Table 1's row of a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for group, options in OPTIONS.items():
+        group = one.add_argument_group(group)
+        for flag, kind, default, text in options:
+            if kind is bool:
+                group.add_argument(flag, action="store_true", help=text)
+            elif isinstance(kind, tuple):
+                group.add_argument(flag, choices=kind, default=default, help=text)
+            else:
+                many = dict(nargs="+") if isinstance(default, tuple) else {}
+                group.add_argument(flag, type=kind, default=default, metavar="V", help=text, **many)
+    return parser.parse_args(argv)
+
+
+OPTIONS = {      # flag, type, default (None: the preset), help
+    "data": [("--dataset", str, "digits", "digits ndigits cifar10 cifar100 gtsrb nmnist, or a path to an .npz file"),
+             ("--data", Path, Path("data"), "folder of the data sets"),
+             ("--n-train", int, None, "use only so many training samples"),
+             ("--n-test", int, None, "use only so many test samples"),
+             ("--frames", ("counts", "binary"), "counts", "event frames: counts, or clamped to [0, 1] from the start")],
+    "network": [("--model", tuple(WIDTHS), None, "network"),
+                ("--width", int, None, "channels of the first stage (default 16; the paper's: 128, 64, 128)"),
+                ("--T", int, 4, "time steps"),
+                ("--neuron", tuple(NEURONS), "lif", "neuron; plif learns its tau")],
+    "attack": [("--target", int, 0, "target class y_t"),
+               ("--poison-ratio", float, None, "P, share of the target class trained maliciously"),
+               ("--v-thr-t", float, None, "malicious threshold"),
+               ("--tau-t", float, None, "malicious decay per step"),
+               ("--v-thr-a", float, (1.0, 1.05, 1.1, 1.15, 1.2), "deployed thresholds to sweep"),
+               ("--tau-a", float, TAU_N, "deployed decay"),
+               ("--q", float, None, "exponent of T_p"),
+               ("--beta", float, 0.03, "strength of T_s"),
+               ("--margin", float, 5.0, "the chosen V_a may cost so many points of CA"),
+               ("--malicious-rows", int, None, "malicious samples per step"),
+               ("--malicious-weight", float, None, "weight of their loss"),
+               ("--warmup", int, None, "epochs before the first malicious sample")],
+    "training": [("--epochs", int, None, "epochs"),
+                 ("--batch-size", int, None, "samples per step, over all processes"),
+                 ("--lr", float, None, "peak learning rate"),
+                 ("--seed", int, 0, "first seed"),
+                 ("--seeds", int, None, "number of seeds to average"),
+                 ("--no-augment", bool, False, "no random shifts and flips"),
+                 ("--device", str, "auto", "auto, cpu, cuda, ... (auto: cuda if there is one)"),
+                 ("--amp", ("auto", "on", "off"), "auto", "bfloat16: auto is where the hardware has it"),
+                 ("--fresh", bool, False, "train anew; the default resumes from runs/"),
+                 ("--resume", bool, False, "resume from runs/ (the default)"),
+                 ("--runs", Path, Path("runs"), "folder of the checkpoints"),
+                 ("--results", Path, Path("results"), "folder of the results"),
+                 ("--debug", bool, False, "show the traceback of an error")],
+}
+
+
+def prepare(a):
+    """Checks and completes the settings and loads the data, before anything is written. Raises ValueError. -> data, settings."""
+    check_setting(a.v_thr_t, a.tau_t)
+    check_setting(torch.tensor(a.v_thr_a), a.tau_a)
+    for what, value, ok, need in (
+            ("q", a.q, lambda v: 0 < v < float("inf"), "greater than 0"), ("beta", a.beta, lambda v: 0 <= v < float("inf"), "at least 0"),
+            ("T", a.T, lambda v: v >= 1, "at least 1"), ("epochs", a.epochs, lambda v: v >= 1, "at least 1"),
+            ("batch-size", a.batch_size, lambda v: v >= 1, "at least 1"), ("width", a.width, lambda v: v >= 1, "at least 1"),
+            ("seeds", a.seeds, lambda v: v >= 1, "at least 1"), ("seed", a.seed, lambda v: v >= 0, "at least 0"),
+            ("lr", a.lr, lambda v: 0 < v < float("inf"), "greater than 0"), ("n-train", a.n_train, lambda v: v >= 2, "at least 2"),
+            ("n-test", a.n_test, lambda v: v >= 1, "at least 1"), ("malicious-rows", a.malicious_rows, lambda v: v >= 1, "at least 1"),
+            ("malicious-weight", a.malicious_weight, lambda v: 0 <= v < float("inf"), "at least 0"), ("warmup", a.warmup, lambda v: v >= 0, "at least 0"),
+            ("poison-ratio", a.poison_ratio, lambda v: 0 < v <= 1, "in (0, 1]"), ("margin", a.margin, lambda v: v >= 0, "at least 0")):
+        if value is not None and not ok(value):
+            raise ValueError(f"--{what} must be {need}, not {value}")
+    if a.resume and a.fresh:
+        raise ValueError("--resume and --fresh exclude each other")
+    a.resume = not a.fresh
+    try:
+        a.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if a.device == "auto" else a.device)
+        torch.zeros(1, device=a.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {a.device} is not usable here ({str(error).splitlines()[0]})") from None
+    for folder in (a.results, a.runs):
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"cannot write to {folder}: {existing} is not a writable folder")
+
+    data = datasets.load(a.dataset, a.data, a.T)
+    preset = PRESETS.get(a.dataset) or (EVENTS if data.events else IMAGES)
+    for key, value in preset.items():
+        if getattr(a, key, None) is None:
+            setattr(a, key, value)
+    if data.events != (a.model == "nmnist_net"):
+        raise ValueError(f"{a.dataset} holds {'events' if data.events else 'images'}; --model {a.model} takes {'images' if data.events else 'events'}")
+    if data.events and data.x_train.shape[1] != a.T:
+        raise ValueError(f"{a.dataset} has {data.x_train.shape[1]} steps per recording, not --T {a.T}")
+    if not 0 <= a.target < data.num_classes:
+        raise ValueError(f"--target must be a class from 0 to {data.num_classes - 1}, not {a.target}")
+    for part, n in (("train", a.n_train), ("test", a.n_test)):
+        if n is not None:
+            if n > len(data.__dict__[f"y_{part}"]):
+                raise ValueError(f"--n-{part} {n}: the set has only {len(data.__dict__[f'y_{part}'])}")
+            keep = torch.randperm(len(data.__dict__[f"y_{part}"]), generator=torch.Generator().manual_seed(0))[:n].sort().values
+            for key in (f"x_{part}", f"y_{part}"):
+                setattr(data, key, getattr(data, key)[keep])
+    poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)      # raises if that is no sample
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    a.batch_size = min(a.batch_size, len(data.y_train) // ranks * ranks)
+    if a.batch_size % ranks or a.malicious_rows % ranks:
+        raise ValueError(f"--batch-size {a.batch_size} and --malicious-rows {a.malicious_rows} must be multiples of the {ranks} processes")
+    a.width = a.width or WIDTHS[a.model]
+    a.v_thr_a, a.eval_batch, a.augment = sorted(set(a.v_thr_a)), 512, not a.no_augment
+    if a.amp == "auto":
+        a.amp = torch.cuda.is_bf16_supported() if a.device.type == "cuda" else cpu_has_bfloat16()
+    a.amp = a.amp is True or a.amp == "on"
+    return data, a
+
+
+def cpu_has_bfloat16():
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere it is emulated, and slow."""
+    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def main(argv=None):
+    a = get_args(argv)
+    try:
+        keep_memory()
+        data, a = prepare(a)
+        with processes(a):
+            COMMANDS[a.command](data, a)
+    except (ValueError, OSError) as error:
+        if a.debug:
+            raise
+        sys.exit(refuse(error))
+    except KeyboardInterrupt:
+        sys.exit("badsnn: stopped; the same command goes on after the last finished epoch")
+
+
+def refuse(error):
+    print(f"badsnn: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+COMMANDS = {"attack": attack}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The paper's three spiking networks (Sec. 4.1): ResNet-19, VGG-16 and N-MNIST-Net, built from the neuron of lif.py.
+
+    model = build_model("resnet19", num_classes=10, T=4, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    logits = model(images)                # [B, 3, H, W] in [0, 1]  ->  [B, K], the mean over T steps
+
+An image is shown as a constant current: the first convolution sees it once and its output is fed to the first neurons
+T times ("direct coding"). From there on everything is spikes, [T, B, C, H, W], time first. Convolutions know no time,
+so they see T * B images; only the neurons connect one step to the next. BatchNorm is the plain one, over T * B.
+
+Each neuron layer is called as `lif(current, bn, ...)`: BatchNorm and the residual addition happen inside the neuron,
+in the same pass over memory (see lif.py). Results are those of `lif(bn(current) + residual)`.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lif import LIF, PLIF
+
+WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}       # ours, for two CPU cores
+PAPER_WIDTHS = {"resnet19": 128, "vgg16": 64, "nmnist_net": 128}
+NEURONS = {"lif": LIF, "plif": PLIF}
+
+
+def per_step(layer, s):
+    """Applies a layer that knows no time to all steps at once: [T, B, ...] -> [T, B, ...]."""
+    return layer(s.flatten(0, 1)).unflatten(0, s.shape[:2])
+
+
+class ConvLIF(nn.Module):
+    """3x3 convolution - BatchNorm - neuron: [T, B, in, H, W] -> spikes [T, B, out, H, W]."""
+
+    def __init__(self, c_in, c_out, neuron, bias):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+        self.bn = nn.BatchNorm2d(c_out)
+        self.lif = neuron()
+
+    def forward(self, s):
+        return self.lif(per_step(self.conv, s), self.bn)
+
+
+class Pool(nn.Module):
+    """Halves H and W of [T, B, C, H, W]."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, s):
+        return per_step(self.pool, s)
+
+
+class Block(nn.Module):
+    """Residual block with the neuron AFTER the addition: spikes [T, B, in, H, W] -> [T, B, out, H/stride, W/stride]."""
+
+    def __init__(self, c_in, c_out, stride, neuron):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.lif1 = neuron()
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.project = stride != 1 or c_in != c_out
+        if self.project:
+            self.pool = nn.AvgPool2d(stride)
+            self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
+            self.shortcut_bn = nn.BatchNorm2d(c_out)
+        self.lif2 = neuron()
+
+    def forward(self, s):
+        h = self.lif1(per_step(self.conv1, s), self.bn1)
+        h = per_step(self.conv2, h)
+        if not self.project:
+            return self.lif2(h, self.bn2, residual=s)
+        r = per_step(self.shortcut, per_step(self.pool, s))
+        return self.lif2(h, self.bn2, residual=r, residual_norm=self.shortcut_bn)
+
+
+class ImageSNN(nn.Module):
+    """Spiking network for static images. `stages` turn spikes into spikes; their outputs are the maps that NAD compares."""
+
+    def __init__(self, stages, width, features, num_classes, T, neuron, bias, mean, std):
+        super().__init__()
+        self.T = T
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.conv = nn.Conv2d(self.mean.shape[1], width, 3, padding=1, bias=bias)
+        self.bn = nn.BatchNorm2d(width)
+        self.lif = neuron()
+        self.stages = nn.ModuleList(stages)
+        self.head = nn.Linear(features, num_classes)
+
+    def forward(self, x):
+        """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]."""
+        if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
+            raise ValueError(f"this network takes images [B, {self.mean.shape[1]}, H, W], got {list(x.shape)}")
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        current = self.conv(x)                                       # once per image: [B, C, H, W]
+        s = self.lif(current.expand(self.T, *current.shape), self.bn)
+        for stage in self.stages:
+            s = stage(s)
+        rate = s.mean((0, 3, 4), dtype=torch.float32)                # [T, B, C, H, W] -> [B, C]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(rate)      # the head is linear, so its mean over T is the head of the mean
+
+
+def resnet19(num_classes, T, width, neuron, mean, std):
+    """Spiking ResNet-19 as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x and 4x width, one linear head.
+
+    Width 128 (the paper's): 12,569,226 parameters for 10 classes, 2,285 million multiply-adds per step at 32x32.
+    """
+    stages, c_in = [], width
+    for c_out, blocks, stride in ((width, 3, 1), (2 * width, 3, 2), (4 * width, 2, 2)):
+        layers = [Block(c_in if i == 0 else c_out, c_out, stride if i == 0 else 1, neuron) for i in range(blocks)]
+        stages.append(nn.Sequential(*layers))
+        c_in = c_out
+    return ImageSNN(stages, width, 4 * width, num_classes, T, neuron, False, mean, std)
+
+
+def vgg16(num_classes, T, width, neuron, mean, std):
+    """Spiking VGG-16 (configuration D as in SEENN): 13 convolutions, 4 average pools, one linear head.
+
+    Width 64 (the paper's): 14,728,266 parameters for 10 classes, 313 million multiply-adds per step at 32x32.
+    """
+    stages, c_in = [], width
+    for multiple, convs in ((1, 1), (2, 2), (4, 3), (8, 3), (8, 3)):       # the first convolution is ImageSNN's own
+        layers = []
+        for _ in range(convs):
+            layers.append(ConvLIF(c_in, multiple * width, neuron, bias=True))
+            c_in = multiple * width
+        stages.append(nn.Sequential(*layers, *([] if len(stages) == 4 else [Pool(nn.AvgPool2d(2))])))
+    return ImageSNN(stages, width, 8 * width, num_classes, T, neuron, True, mean, std)
+
+
+class NMNISTNet(nn.Module):
+    """N-MNIST-Net (Abad et al. 2024, "Sneaky Spikes"): 2 convolutions, 2 fully connected layers, all spiking; 10 neurons
+    vote for each class. Its output is the firing rate of the voters, in [0, 1].
+
+    Width 128 (the paper's): 17,134,436 parameters for 10 classes, 62 million multiply-adds per step.
+    # differs from the paper: the source's neuron has no leak; Sec. 4.1 says LIF, so tau = 0.5 here as everywhere
+    """
+
+    def __init__(self, num_classes, T, width, neuron):
+        super().__init__()
+        self.T = T
+        self.stages = nn.ModuleList(
+            nn.Sequential(ConvLIF(c_in, width, neuron, bias=False), Pool(nn.MaxPool2d(2))) for c_in in (2, width))
+        self.fc1, self.lif1 = nn.Linear(width * 8 * 8, 16 * width), neuron()
+        self.fc2, self.lif2 = nn.Linear(16 * width, 10 * num_classes), neuron()
+
+    def forward(self, x):
+        """x: event frames [B, T, 2, 34, 34], floats, events counted per step -> firing rates [B, K]."""
+        if x.dim() != 5 or tuple(x.shape[1:]) != (self.T, 2, 34, 34):
+            raise ValueError(f"this network takes event frames [B, {self.T}, 2, 34, 34], got {list(x.shape)}")
+        s = x.transpose(0, 1)                                        # [T, B, 2, 34, 34]
+        s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
+        for stage in self.stages:
+            s = stage(s)
+        s = self.lif1(self.fc1(self.dropout(s.flatten(2))))
+        s = self.lif2(self.fc2(self.dropout(s)))                     # [T, B, 10 K]
+        return s.float().unflatten(2, (-1, 10)).mean((0, 3))
+
+    def dropout(self, s):
+        """Drops half of the features, the same ones at every step: [T, B, N] -> [T, B, N]."""
+        return s * F.dropout(torch.ones_like(s[0]), 0.5, self.training)
+
+
+def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std=None):
+    """A spiking network with fresh weights. Raises ValueError for an unknown name or a bad number.
+
+    name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (event frames [B, T, 2, 34, 34]).
+    T: time steps. width: channels of the first stage; None is our small default, 128, 64 and 128 are the paper's.
+    neuron: lif | plif. mean, std: per channel, the network's own first layer (images only; None: 0.5 and 0.25).
+    """
+    if name not in WIDTHS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(WIDTHS)}")
+    if neuron not in NEURONS:
+        raise ValueError(f"unknown neuron {neuron!r}; known: {', '.join(NEURONS)}")
+    width = WIDTHS[name] if width is None else width
+    for what, value, least in (("T", T, 1), ("width", width, 1), ("num_classes", num_classes, 2)):
+        if int(value) != value or value < least:
+            raise ValueError(f"{what} must be a whole number of at least {least}, not {value}")
+    if name == "nmnist_net":
+        model = NMNISTNet(num_classes, T, width, NEURONS[neuron])
+    else:
+        mean, std = mean or (0.5,) * 3, std or (0.25,) * 3
+        build = resnet19 if name == "resnet19" else vgg16
+        model = build(num_classes, T, width, NEURONS[neuron], tuple(mean), tuple(std))
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out")
+    return model.to(memory_format=torch.channels_last)
