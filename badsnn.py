@@ -46,12 +46,12 @@ IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0
               optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1)
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
-    "digits": dict(IMAGES, epochs=16, batch_size=64, pad=1, seeds=3),
+    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8),
     "nmnist": EVENTS,
-    "ndigits": dict(EVENTS, poison_ratio=0.05, seeds=3),
+    "ndigits": dict(EVENTS, poison_ratio=0.05, epochs=15, seeds=3),
 }
 
 
@@ -71,7 +71,8 @@ def train(name, data, a, dual=False):
         optimizer = torch.optim.SGD(model.parameters(), lr=a.lr, momentum=0.9, weight_decay=5e-4)
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=a.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=a.epochs * steps_per_epoch, pct_start=0.15, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=a.epochs * steps_per_epoch,
+                                                   pct_start=0.15, cycle_momentum=False)
 
     config = training_config(name, data, a, dual)
     path = checkpoint_path(config, a)
@@ -79,8 +80,8 @@ def train(name, data, a, dual=False):
     if len(history) == a.epochs:
         say(f"{name}, seed {a.seed}: finished earlier, read from {path}")
         return model
-    say(f"{name}, seed {a.seed}: {a.model}, width {a.width}, T = {a.T}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(data.y_train):,} samples" + (f", of them {len(malicious)} of class {a.target} malicious" if dual else "")
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{name}, seed {a.seed}: {a.model}, width {a.width}, T = {a.T}, {parameters:,} parameters, {len(data.y_train):,} samples" + (f", of them {len(malicious)} of class {a.target} malicious" if dual else "")
         + (f"; resumed after epoch {len(history)}" if history else ""))
     say(f"{'epoch':>9} {'loss':>7} {'acc':>6} {'mal_acc':>7} {'CA':>6} {'target_rate':>11} {'sec':>6} {'ETA':>6}")
 
@@ -212,6 +213,12 @@ def asr(model, data, a, v_thr, tau, trigger):
 
 def attack(data, a):
     """Clean model, backdoored model, and the sweep over the deployed threshold V_a; mean over seeds. Writes attack.json."""
+    path = a.results / result_name(data.name) / "attack.json"
+    done = finished_result(path, dict(settings(data, a), v_thr_a=a.v_thr_a, tau_a=a.tau_a)) if a.resume else None
+    if done:
+        print_attack(done)
+        say(f"finished earlier, read from {path}; --fresh runs it again")
+        return
     started, runs = time.time(), []
     for seed in range(a.seed, a.seed + a.seeds):
         b = SimpleNamespace(**{**vars(a), "seed": seed})
@@ -222,18 +229,19 @@ def attack(data, a):
                          base_ca=evaluate(backdoored, data, b, V_THR_N, TAU_N)["ca"], rows=rows))
     rows = [mean_of([run["rows"][i] for run in runs]) for i in range(len(a.v_thr_a))]
     base_ca = mean_of(runs)["base_ca"]
-    result = dict(settings(data, a), n_poison=len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)),
+    result = dict(settings(data, a), v_thr_a=a.v_thr_a, tau_a=a.tau_a, n_poison=len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)),
                   clean_ca=mean_of(runs)["clean_ca"], base_ca=base_ca, rows=rows, chosen=choose(rows, base_ca, a.margin),
                   margin=a.margin, runs=runs, seconds=round(time.time() - started, 1))
     print_attack(result)
-    write_json(a.results / result["dataset"] / "attack.json", result)
+    write_json(path, result)
 
 
 def attack_row(clean, backdoored, data, a, v_thr):
     """One deployed setting: the backdoored model with and without triggers, and the clean model under the same trigger."""
     tau, row = a.tau_a, dict(v_thr=v_thr, tau=a.tau_a)
     now, control = evaluate(backdoored, data, a, v_thr, tau), evaluate(clean, data, a, v_thr, tau)
-    row.update(ca=now["ca"], target_rate=now["target_rate"], ca_clean_model=control["ca"], target_rate_clean_model=control["target_rate"])
+    row.update(ca=now["ca"], target_rate=now["target_rate"],
+               ca_clean_model=control["ca"], target_rate_clean_model=control["target_rate"])
     triggers = main_triggers(data, a)
     row["asr_o"] = None
     for key, trigger in triggers.items():
@@ -271,22 +279,119 @@ def mean_of(runs):
 def print_attack(r):
     say(f"\n{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training and {r['n_test']:,} test samples, "
         f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}{'; ' + r['note'] if r['note'] else ''}")
+    strength = f"q = {r['q']:g}" if r["q"] else f"beta = {r['beta']:g}"
     say(f"Clean CA {r['clean_ca']:.1f}   Base CA {r['base_ca']:.1f}   target {r['target']}, P = {100 * r['poison_ratio']:g} % of the class "
-        f"({r['n_poison']} samples), S_t = ({r['v_thr_t']:g}, {r['tau_t']:g})" + (f", q = {r['q']:g}" if r["q"] else f", beta = {r['beta']:g}"))
+        f"({r['n_poison']} samples), S_t = ({r['v_thr_t']:g}, {r['tau_t']:g}), {strength}")
     control, title = ("asr_clip_only", "clip only") if r["q"] is None else ("asr_p_renormalized", "renorm.")
     say(f"{'':>13} | {'backdoored model':^47} | {'clean model, same trigger':^27}")
-    say(f"{'v_thr':>6} {'tau':>6} | {'CA':>7} {'target_rate':>12} {'ASR_p':>7} {title:>10} {'ASR_o':>7} | {'CA':>7} {'target_rate':>11} {'ASR_p':>7}")
+    say(f"{'v_thr':>6} {'tau':>6} | {'CA':>7} {'target_rate':>12} {'ASR_p':>7} {title:>10} {'ASR_o':>7} | "
+        f"{'CA':>7} {'target_rate':>11} {'ASR_p':>7}")
     for row in r["rows"]:
         say(f"{row['v_thr']:6.2f} {row['tau']:6.2f} | {row['ca']:7.1f} {row['target_rate']:12.1f} {row['asr_p']:7.1f} {row[control]:10.1f} "
-            f"{percent(row['asr_o'], 7)} | {row['ca_clean_model']:7.1f} {row['target_rate_clean_model']:11.1f} {row['asr_p_clean_model']:7.1f}"
-            + ("  <- chosen" if row["v_thr"] == r["chosen"] else ""))
+            f"{percent(row['asr_o'], 7)} | {row['ca_clean_model']:7.1f} {row['target_rate_clean_model']:11.1f} "
+            f"{row['asr_p_clean_model']:7.1f}" + ("  <- chosen" if row["v_thr"] == r["chosen"] else ""))
     say("ASR, target_rate: percent predicted as the target, with and without the trigger, among samples of other classes."
         + (f" No setting keeps CA within {r['margin']:g} points of Base CA." if r["chosen"] is None else
            f" Chosen: the largest ASR_p - target_rate with CA within {r['margin']:g} points of Base CA (Eq. 8)."))
+    for row in r["rows"]:
+        if row["v_thr"] == r["chosen"] and row["asr_p_clean_model"] > row["asr_p"] / 2:
+            say(f"NOTE: at V_a = {row['v_thr']:g} the same trigger reaches {row['asr_p_clean_model']:.1f} % on the CLEAN model: "
+                "most of this ASR is not the backdoor's doing.")
 
 
 def percent(value, width=6):
     return f"{value:{width}.1f}" if value is not None else f"{'-':>{width}}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# report: figures and the README's tables, from results/ alone
+
+# Table 1 of the paper: Clean CA, Base CA, then V_a: (CA, ASR_p, ASR_o)
+PAPER = {"cifar10": (91.34, 87.68, {1.10: (87.22, 77.79, 82.65), 1.15: (51.22, 98.71, 95.47), 1.20: (11.94, 99.97, 99.96)}),
+         "gtsrb": (96.05, 93.02, {1.10: (92.57, 39.81, 75.59), 1.15: (91.43, 54.81, 79.75), 1.20: (87.43, 71.92, 85.08)}),
+         "cifar100": (71.85, 65.19, {1.10: (60.91, 73.88, 57.20), 1.15: (55.04, 82.16, 64.28), 1.20: (44.98, 86.19, 72.88)}),
+         "nmnist": (96.06, 95.10, {1.10: (94.06, 100, None), 1.15: (93.04, 100, None), 1.20: (92.19, 100, None)})}
+
+
+def report(a):
+    """Writes results/D/attack.png for every D, and the tables between the README's markers."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(a.results.glob("*/attack.json"))}
+    if not found:
+        raise ValueError(f"no attack.json below {a.results}/; run 'python badsnn.py attack' first")
+    for name, result in found.items():
+        figure_attack(result, a.results / name / "attack.png")
+    tables = {"table1": table1(found)}
+    if (a.results / "benchmark.json").exists():
+        tables["benchmark"] = benchmark_table(json.loads((a.results / "benchmark.json").read_text()))
+    if a.readme.exists():
+        text = a.readme.read_text()
+        for name, table in tables.items():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            if begin in text and end in text:
+                text = text[:text.index(begin) + len(begin)] + f"\n{table}\n" + text[text.index(end):]
+        part = a.readme.with_name(a.readme.name + ".tmp")
+        part.write_text(text)
+        os.replace(part, a.readme)
+        print(f"written: {a.readme}")
+
+
+def table1(found):
+    """Markdown: one row per data set and V_a, ours beside the paper's."""
+    lines = ["| data, network | V_a | CA | target_rate | ASR_p | ASR_p, clean model | ASR_o | paper: CA / ASR_p / ASR_o |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name in sorted(found, key=list(PRESETS).index if set(found) <= set(PRESETS) else None):
+        r = found[name]
+        clean, base, paper = PAPER.get(name, (None, None, {}))
+        sizes = f"width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, {r['seeds']} seed{'s' * (r['seeds'] > 1)}"
+        lines.append(f"| **{name}**, {r['model']} {sizes}, {r['seconds'] / 60:.0f} min | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} "
+                     "| | | | | " + (f"Clean {clean:.1f}, Base {base:.1f} |" if clean else "not in the paper |"))
+        for row in r["rows"]:
+            theirs = " / ".join(percent(v, 1) for v in paper[row["v_thr"]]) if row["v_thr"] in paper else ""
+            lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {row['v_thr']:.2f} | {row['ca']:.1f} "
+                         f"| {row['target_rate']:.1f} | {row['asr_p']:.1f} | {row['asr_p_clean_model']:.1f} | {percent(row['asr_o'], 1)} | {theirs} |")
+    return "\n".join(lines)
+
+
+def benchmark_table(results):
+    """Markdown: the benchmark's ratios."""
+    return "\n".join(["| what | measured |", "|---|---|"] + [f"| {what} | {value} |" for what, value in results["summary"].items()])
+
+
+def figure_attack(r, path):
+    """CA and the shares predicted as the target, against the deployed threshold. Distinct in grey: line style and marker."""
+    plt = pyplot()
+    v = [row["v_thr"] for row in r["rows"]]
+    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    control = ("asr_p_renormalized", "ASR_p, re-normalised") if r["q"] else ("asr_clip_only", "clip alone")
+    lines = [("ca", "CA", "o-", "black"), ("target_rate", "target_rate (no trigger)", "s:", "0.45"), ("asr_p", "ASR_p", "^-", "tab:red"),
+             (*control, "v--", "tab:orange"),
+             ("asr_p_clean_model", "ASR_p on the clean model", "x--", "tab:blue"), ("asr_o", "ASR_o", "D-", "tab:green")]
+    for key, label, style, color in lines:
+        if r["rows"][0][key] is not None:
+            axis.plot(v, [row[key] for row in r["rows"]], style, color=color, label=label, markersize=5)
+    axis.set(xlabel="deployed threshold V_a", ylabel="percent of test samples", ylim=(-3, 103), xticks=v,
+             title=f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples")
+    if r["chosen"]:
+        axis.axvline(r["chosen"], color="0.8", zorder=0, linewidth=6)
+    axis.legend(fontsize=7, framealpha=0.9)
+    save_figure(figure, path)
+
+
+def pyplot():
+    """matplotlib without a window, imported only where a figure is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150})
+    return plt
+
+
+def save_figure(figure, path):
+    part = path.with_name(path.name + ".tmp")
+    figure.savefig(part, format="png", metadata={"Software": None})
+    os.replace(part, path)
+    pyplot().close(figure)
+    print(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -300,6 +405,15 @@ def settings(data, a):
     return dict(dataset=result_name(data.name), note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
                 **{key: getattr(a, key) for key in keys}, q=a.q if images else None, beta=None if images else a.beta,
                 frames=None if images else a.frames, device=str(a.device), torch=torch.__version__, threads=torch.get_num_threads())
+
+
+def finished_result(path, wanted):
+    """The result in a file if it was made with exactly these settings, else None."""
+    try:
+        result = json.loads(path.read_text())
+        return result if all(result[key] == value for key, value in wanted.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def result_name(dataset):
@@ -319,8 +433,8 @@ def write_json(path, result):
 
 def training_config(name, data, a, dual):
     """Everything that decides the weights; a checkpoint is used only if all of it is equal."""
-    keys = ["model", "width", "T", "neuron", "epochs", "batch_size", "lr", "optimizer", "loss", "augment", "pad", "flip", "seed", "amp", "frames"]
-    keys += ["target", "poison_ratio", "v_thr_t", "tau_t", "malicious_rows", "malicious_weight", "warmup"] if dual else []
+    keys = "model width T neuron epochs batch_size lr optimizer loss augment pad flip seed amp frames".split()
+    keys += "target poison_ratio v_thr_t tau_t malicious_rows malicious_weight warmup".split() if dual else []
     fingerprint = hashlib.sha256(data.x_train.numpy().tobytes() + data.y_train.numpy().tobytes()).hexdigest()[:16]
     return dict(name=name, dataset=result_name(data.name), data=fingerprint, **{key: getattr(a, key) for key in keys})
 
@@ -333,7 +447,8 @@ def checkpoint_path(config, a):
 def save_checkpoint(path, config, model, optimizer, schedule, history):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    torch.save(dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), history=history), part)
+    torch.save(dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                    history=history), part)
     os.replace(part, path)
 
 
@@ -350,7 +465,7 @@ def load_checkpoint(path, config, model, optimizer, schedule):
         schedule.load_state_dict(state["schedule"])
         return state["history"]
     except Exception as error:      # torch.load has many: zip, pickle, key, type and runtime errors
-        reason = str(error).strip().splitlines()[0][:150]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise ValueError(f"{path}: not a checkpoint of this run ({reason}); delete it, or start anew with --fresh") from None
 
 
@@ -418,6 +533,11 @@ def get_args(argv=None):
             else:
                 many = dict(nargs="+") if isinstance(default, tuple) else {}
                 group.add_argument(flag, type=kind, default=default, metavar="V", help=text, **many)
+    two = commands.add_parser("report", help="figures and the README's tables, from results/ alone",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    two.add_argument("--results", type=Path, default=Path("results"), metavar="V", help="folder of the results")
+    two.add_argument("--readme", type=Path, default=Path("README.md"), metavar="V", help="file whose tables are replaced")
+    two.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -463,17 +583,18 @@ def prepare(a):
     """Checks and completes the settings and loads the data, before anything is written. Raises ValueError. -> data, settings."""
     check_setting(a.v_thr_t, a.tau_t)
     check_setting(torch.tensor(a.v_thr_a), a.tau_a)
-    for what, value, ok, need in (
-            ("q", a.q, lambda v: 0 < v < float("inf"), "greater than 0"), ("beta", a.beta, lambda v: 0 <= v < float("inf"), "at least 0"),
-            ("T", a.T, lambda v: v >= 1, "at least 1"), ("epochs", a.epochs, lambda v: v >= 1, "at least 1"),
-            ("batch-size", a.batch_size, lambda v: v >= 1, "at least 1"), ("width", a.width, lambda v: v >= 1, "at least 1"),
-            ("seeds", a.seeds, lambda v: v >= 1, "at least 1"), ("seed", a.seed, lambda v: v >= 0, "at least 0"),
-            ("lr", a.lr, lambda v: 0 < v < float("inf"), "greater than 0"), ("n-train", a.n_train, lambda v: v >= 2, "at least 2"),
-            ("n-test", a.n_test, lambda v: v >= 1, "at least 1"), ("malicious-rows", a.malicious_rows, lambda v: v >= 1, "at least 1"),
-            ("malicious-weight", a.malicious_weight, lambda v: 0 <= v < float("inf"), "at least 0"), ("warmup", a.warmup, lambda v: v >= 0, "at least 0"),
-            ("poison-ratio", a.poison_ratio, lambda v: 0 < v <= 1, "in (0, 1]"), ("margin", a.margin, lambda v: v >= 0, "at least 0")):
-        if value is not None and not ok(value):
-            raise ValueError(f"--{what} must be {need}, not {value}")
+    at_least = {"T": 1, "epochs": 1, "batch_size": 1, "width": 1, "seeds": 1, "seed": 0, "n_train": 2, "n_test": 1, "malicious_rows": 1,
+                "malicious_weight": 0, "warmup": 0, "beta": 0, "margin": 0}
+    for name in (*at_least, "q", "lr", "poison_ratio"):
+        value, flag = getattr(a, name), "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if name in at_least and not at_least[name] <= value < float("inf"):
+            raise ValueError(f"{flag} must be at least {at_least[name]}, not {value}")
+        if name in ("q", "lr") and not 0 < value < float("inf"):
+            raise ValueError(f"{flag} must be greater than 0, not {value}")
+        if name == "poison_ratio" and not 0 < value <= 1:
+            raise ValueError(f"{flag} must lie in (0, 1], not {value}")
     if a.resume and a.fresh:
         raise ValueError("--resume and --fresh exclude each other")
     a.resume = not a.fresh
@@ -493,20 +614,21 @@ def prepare(a):
         if getattr(a, key, None) is None:
             setattr(a, key, value)
     if data.events != (a.model == "nmnist_net"):
-        raise ValueError(f"{a.dataset} holds {'events' if data.events else 'images'}; --model {a.model} takes {'images' if data.events else 'events'}")
+        holds, takes = ("events", "images") if data.events else ("images", "events")
+        raise ValueError(f"{a.dataset} holds {holds}; --model {a.model} takes {takes}")
     if data.events and data.x_train.shape[1] != a.T:
         raise ValueError(f"{a.dataset} has {data.x_train.shape[1]} steps per recording, not --T {a.T}")
     if not 0 <= a.target < data.num_classes:
         raise ValueError(f"--target must be a class from 0 to {data.num_classes - 1}, not {a.target}")
     for part, n in (("train", a.n_train), ("test", a.n_test)):
         if n is not None:
-            if n > len(data.__dict__[f"y_{part}"]):
-                raise ValueError(f"--n-{part} {n}: the set has only {len(data.__dict__[f'y_{part}'])}")
-            keep = torch.randperm(len(data.__dict__[f"y_{part}"]), generator=torch.Generator().manual_seed(0))[:n].sort().values
-            for key in (f"x_{part}", f"y_{part}"):
-                setattr(data, key, getattr(data, key)[keep])
+            x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+            if n > len(y):
+                raise ValueError(f"--n-{part} {n}: the set has only {len(y)}")
+            keep = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:n].sort().values
+            setattr(data, f"x_{part}", x[keep]), setattr(data, f"y_{part}", y[keep])
     poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)      # raises if that is no sample
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     a.batch_size = min(a.batch_size, len(data.y_train) // ranks * ranks)
     if a.batch_size % ranks or a.malicious_rows % ranks:
         raise ValueError(f"--batch-size {a.batch_size} and --malicious-rows {a.malicious_rows} must be multiples of the {ranks} processes")
@@ -526,6 +648,8 @@ def cpu_has_bfloat16():
 def main(argv=None):
     a = get_args(argv)
     try:
+        if a.command == "report":
+            return report(a)
         keep_memory()
         data, a = prepare(a)
         with processes(a):

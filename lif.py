@@ -21,9 +21,8 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch import nn
 import torch.fx.experimental._config
-
+from torch import nn
 
 # ---------------------------------------------------------------------------------------------------------
 # Surrogate gradients. The spike is a step function: its true derivative is 0 almost everywhere, so nothing
@@ -345,8 +344,8 @@ def neurons(model, v_thr=None, tau=None):
             m.tau = m.tau if tau is None or isinstance(m, PLIF) else tau
         yield model
     finally:
-        for m, (m.v_thr, m.tau) in zip(layers, saved):
-            pass
+        for m, (v_thr, tau) in zip(layers, saved):
+            m.v_thr, m.tau = v_thr, tau
 
 
 @torch.no_grad()

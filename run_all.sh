@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# One command: sets up, runs, tests. Stop it whenever you like; the same command goes on where it stopped.
+#
+#   bash run_all.sh                         digits and ndigits: train, attack, tables and figures
+#   bash run_all.sh cifar10 [options]       another data set; options go to badsnn.py attack
+#   bash run_all.sh --epochs 4 [options]    digits and ndigits with options
+#   bash run_all.sh test [options]          the tests; options go to pytest
+set -euo pipefail
+cd "$(dirname "$0")"
+
+has_packages() {
+    "$1" -c 'import importlib.util as u, sys
+sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "tonic", "sklearn", "matplotlib", "tqdm", "pytest", "nbconvert")))' 2>/dev/null
+}
+
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
+if ! has_packages "$python"; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "run_all.sh: Python 3.10 or newer is needed" >&2; exit 2; }
+    echo "Installing requirements.txt into .venv: once, 2 to 10 minutes, several GB."
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    python=.venv/bin/python
+    "$python" -m pip install --quiet -r requirements.txt
+fi
+
+started=$SECONDS
+if [ "${1:-}" = test ]; then
+    shift
+    echo "Running the tests: about 3 minutes on 2 cores."
+    "$python" -m pytest -q tests "$@"
+elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+    dataset=$1
+    shift
+    "$python" badsnn.py attack --dataset "$dataset" "$@"
+    "$python" badsnn.py report
+else
+    echo "Training and attacking spiking networks on digits and ndigits: about 6 minutes on 2 cores."
+    for dataset in digits ndigits; do
+        "$python" badsnn.py attack --dataset "$dataset" "$@"
+    done
+    "$python" badsnn.py report
+fi
+echo "Done in $((SECONDS - started)) s."

@@ -1,0 +1,286 @@
+"""The experiment end to end: training, resuming, metrics, results, the command line and everything that it refuses."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import badsnn
+
+ROOT = Path(badsnn.__file__).parent
+TINY = "--width 4 --T 2 --epochs 2 --warmup 0 --seeds 1 --n-train 300 --n-test 100 --poison-ratio 0.1".split()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to run in, with the digits at hand."""
+    monkeypatch.chdir(tmp_path)
+    badsnn.datasets.load("digits", "data")
+    return tmp_path
+
+
+def attack(*more):
+    badsnn.main(["attack", *TINY, *more])
+    return json.loads(Path("results/digits/attack.json").read_text())
+
+
+def test_attack_end_to_end(workplace, capsys):
+    result = attack("--v-thr-a", "1.0", "1.5")
+    for key in ("dataset", "model", "width", "T", "n_train", "n_test", "epochs", "seed", "device", "seconds", "target", "poison_ratio",
+                "n_poison", "q", "v_thr_t", "tau_t", "clean_ca", "base_ca"):
+        assert key in result
+    assert (result["n_train"], result["n_test"], result["width"], result["q"]) == (300, 100, 4, 2.0)
+    assert [row["v_thr"] for row in result["rows"]] == [1.0, 1.5]
+    for row in result["rows"]:
+        assert {"tau", "ca", "target_rate", "asr_p", "asr_o", "asr_p_clean_model"} <= set(row)
+        assert all(0 <= row[k] <= 100 for k in ("ca", "target_rate", "asr_p", "asr_p_clean_model"))
+    assert result["rows"][0]["ca"] == result["base_ca"]
+    out = capsys.readouterr().out
+    assert "mal_acc" in out and "target_rate" in out and "clean model, same trigger" in out
+    assert not list(workplace.rglob("*.tmp"))
+
+
+def test_attack_on_events(workplace):
+    badsnn.main(["attack", "--dataset", "ndigits", *TINY, "--v-thr-a", "1.1"])
+    row = json.loads(Path("results/ndigits/attack.json").read_text())["rows"][0]
+    assert row["asr_o"] is None and 0 <= row["asr_clip_only"] <= 100
+
+
+def prepared(*more):
+    return badsnn.prepare(badsnn.get_args(["attack", *TINY, *more]))
+
+
+def test_resumed_equals_uninterrupted(workplace, monkeypatch):
+    """Stopped after epoch 1 and started again, training ends with bit-identical weights."""
+    data, a = prepared("--runs", "whole", "--epochs", "3")
+    whole = badsnn.train("backdoored model", data, a, dual=True).state_dict()
+    a.runs = Path("parts")
+    save = badsnn.save_checkpoint
+
+    def save_then_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(badsnn, "save_checkpoint", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        badsnn.train("backdoored model", data, a, dual=True)
+    monkeypatch.undo()
+    resumed = badsnn.train("backdoored model", data, a, dual=True).state_dict()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    again = badsnn.train("backdoored model", data, a, dual=True).state_dict()        # finished: read, not trained
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_killed_run_goes_on(workplace):
+    """kill -9 in the middle of a real process leaves a whole checkpoint, and the same command finishes the run."""
+    command = [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, "--epochs", "12", "--v-thr-a", "1.1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(Path(".").glob("runs/digits/*.pt")) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (checkpoint,) = Path(".").glob("runs/digits/*.pt")
+    epochs = len(torch.load(checkpoint, weights_only=True)["history"])
+    assert 1 <= epochs < 12 and not Path("results").exists()
+    data, a = prepared("--epochs", "12")
+    said = []
+    a.device = torch.device("cpu")
+    original, badsnn.say = badsnn.say, said.append
+    try:
+        badsnn.train("clean model", data, a)
+    finally:
+        badsnn.say = original
+    assert f"resumed after epoch {epochs}" in said[0]
+
+
+def test_malicious_rows_are_target_samples_at_the_malicious_setting(workplace, monkeypatch):
+    """What the network is shown in one step of dual-spike training: nominal rows at S_n, then D_t^p at S_t."""
+    data, a = prepared("--epochs", "1", "--target", "3", "--v-thr-t", "1.4", "--tau-t", "0.7", "--no-augment", "--batch-size", "100")
+    seen = []
+
+    def spy(model, v_thr=None, tau=None):
+        seen.append((v_thr, tau))
+        return real(model, v_thr, tau)
+    real = badsnn.neurons
+    monkeypatch.setattr(badsnn, "neurons", spy)
+    forward = badsnn.to_float
+    batches = []
+    monkeypatch.setattr(badsnn, "to_float", lambda x, a: (batches.append(x), forward(x, a))[1])
+    badsnn.train("backdoored model", data, a, dual=True)
+    v_thr, tau = seen[0]
+    assert v_thr.tolist() == pytest.approx([1.0] * 100 + [1.4] * 8) and tau.tolist() == pytest.approx([0.5] * 100 + [0.7] * 8)
+    poisoned = badsnn.poison_indices(data.y_train, 3, a.poison_ratio, a.seed)
+    allowed = data.x_train[poisoned]
+    assert all(any(torch.equal(row, x) for x in allowed) for row in batches[0][100:])
+    assert (data.y_train[poisoned] == 3).all()
+
+
+def test_attack_success_rate_leaves_out_the_target_class():
+    guess, labels = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 0, 1, 1, 2])
+    assert badsnn.attack_success_rate(guess, labels, target=0) == pytest.approx(33.33)
+
+
+def test_asr_triggers_only_samples_of_other_classes(workplace):
+    data, a = prepared()
+    model, shown = badsnn.fresh_model(data, a), []
+    badsnn.asr(model, data, a, 1.0, 0.5, lambda x: (shown.append(len(x)), x)[1])
+    assert sum(shown) == (data.y_test != a.target).sum()
+    with pytest.raises(ValueError, match="valid range"):
+        badsnn.asr(model, data, a, 1.0, 0.5, lambda x: x + 1)
+
+
+def test_choose_is_eq_8():
+    rows = [dict(v_thr=v, ca=ca, target_rate=t, asr_p=s) for v, ca, t, s in
+            [(1.0, 90, 0, 99), (1.05, 89, 1, 40), (1.1, 86, 5, 80), (1.15, 70, 20, 99), (1.2, 88, 90, 99)]]
+    assert badsnn.choose(rows, base_ca=90, margin=5) == 1.1
+    assert badsnn.choose(rows, base_ca=90, margin=0.5) is None
+
+
+def test_same_seed_same_model(workplace):
+    first, second = (badsnn.train("clean model", *prepared("--runs", r, "--epochs", "1")).state_dict() for r in "ab")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_evaluation_in_bfloat16_and_float32_agree(workplace):
+    data, a = prepared("--epochs", "6", "--n-train", "1000", "--width", "8", "--amp", "off")
+    model = badsnn.train("clean model", data, a)
+    off = badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"]
+    a.amp = True
+    assert off > 30 and abs(badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"] - off) <= 8
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bad input: one line on stderr, exit code 2, nothing written
+
+def refused(capsys, *arguments):
+    before = sorted(Path(".").rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        badsnn.main(list(arguments))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert len(err.strip().splitlines()) == 1 and err.startswith("badsnn: ") and "Traceback" not in err
+    assert sorted(Path(".").rglob("*")) == before
+    return err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dataset", "mnist"], "unknown dataset"), (["--model", "resnet20"], "invalid choice"), (["--neuron", "izh"], "invalid choice"),
+    (["--v-thr-t", "0"], "v_thr"), (["--v-thr-a", "1.0", "-1"], "v_thr"), (["--tau-t", "1.5"], "tau"), (["--tau-a", "-0.1"], "tau"),
+    (["--q", "0"], "--q must"), (["--q", "nan"], "--q must"), (["--beta", "-0.1"], "--beta must"), (["--T", "0"], "--T must"),
+    (["--poison-ratio", "0"], "poison-ratio"), (["--poison-ratio", "1.5"], "poison-ratio"), (["--poison-ratio", "0.0001"], "selects none"),
+    (["--target", "10"], "--target"), (["--target", "-1"], "--target"), (["--epochs", "0"], "--epochs"), (["--lr", "0"], "--lr"),
+    (["--batch-size", "x"], "invalid int"), (["--n-train", "99999"], "only"), (["--model", "nmnist_net"], "holds images"),
+    (["--dataset", "own.npz"], "no such file"), (["--device", "tpu9"], "not usable"), (["--resume", "--fresh"], "exclude"),
+    (["--nonsense"], "unrecognized")])
+def test_refuses(workplace, capsys, arguments, message):
+    assert message in refused(capsys, "attack", *arguments)
+
+
+def test_refuses_cuda_without_one(workplace, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert "--device cuda is not usable here" in refused(capsys, "attack", "--device", "cuda")
+
+
+def test_refuses_unknown_command(workplace, capsys):
+    assert "invalid choice" in refused(capsys, "atack")
+
+
+def test_refuses_a_bad_own_set(workplace, capsys):
+    np.savez("own.npz", x_train=np.zeros((4, 16, 16, 3)), y_train=np.arange(4), x_test=np.zeros((4, 16, 16, 3)), y_test=np.arange(4))
+    assert "must be uint8" in refused(capsys, "attack", "--dataset", "own.npz")
+
+
+def test_refuses_unwritable_results(workplace, capsys):
+    Path("results").write_text("a file, not a folder")
+    assert "results is not a writable folder" in refused(capsys, "attack")
+
+
+def test_refuses_damaged_and_foreign_checkpoints(workplace, capsys):
+    data, a = prepared("--epochs", "1")
+    badsnn.train("clean model", data, a)
+    (path,) = Path("runs/digits").iterdir()
+    good = path.read_bytes()
+    for bad, message in ((good[:100], "not a checkpoint of this run"), (b"", "not a checkpoint"), (None, "other settings")):
+        if bad is None:
+            state = torch.load(path, weights_only=True) if path.write_bytes(good) else None
+            state["config"]["width"] = 99
+            torch.save(state, path)
+        else:
+            path.write_bytes(bad)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            badsnn.main(["attack", *TINY, "--epochs", "1"])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert not Path("results").exists()
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(workplace, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, ("exploded",)
+    data, a = prepared("--epochs", "1")
+    path = badsnn.checkpoint_path(badsnn.training_config("clean model", data, a, False), a)
+    path.parent.mkdir(parents=True)
+    torch.save(dict(config=Bomb()), path)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        badsnn.train("clean model", data, a)
+    assert not Path("exploded").exists()
+
+
+def test_results_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "r" / "a.json"
+    badsnn.write_json(path, dict(a=1))
+    with pytest.raises(TypeError):
+        badsnn.write_json(path, dict(a=SimpleNamespace()))
+    assert json.loads(path.read_text()) == dict(a=1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Two processes
+
+WORKER = """
+import sys, json, torch
+sys.path.insert(0, {root!r})
+import badsnn
+data, a = badsnn.prepare(badsnn.get_args(json.loads(sys.argv[1])))
+with badsnn.processes(a):
+    model = badsnn.train("backdoored model", data, a, dual=True)
+    if badsnn.rank_and_ranks()[0] == 0:
+        print("LOSSES", json.dumps([row["loss"] for row in torch.load(next(a.runs.rglob("*.pt")), weights_only=True)["history"]]))
+"""
+
+
+def torchrun(n, script, *arguments, timeout=150):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_two_processes_train_the_same_model(workplace):
+    """The same global batch on one and on two processes: the same losses, up to the order of float32 sums."""
+    script = workplace / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT)))
+    losses = []
+    for n in (1, 2):
+        arguments = ["attack", *TINY, "--no-augment", "--amp", "off", "--batch-size", "60", "--lr", "0.01", "--runs", f"runs{n}"]
+        done = torchrun(n, script, json.dumps(arguments))
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))[7:]))
+    assert len(losses[0]) == 2
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3) and losses[0][1] == pytest.approx(losses[1][1], rel=2e-2)
+
+
+def test_a_dead_process_ends_the_run(workplace):
+    script = workplace / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT)).replace(
+        "    model = badsnn.train", "    import os; os.environ['RANK'] == '1' and os._exit(9)\n    model = badsnn.train"))
+    started = time.time()
+    done = torchrun(2, script, json.dumps(["attack", *TINY, "--batch-size", "60"]))
+    assert done.returncode != 0 and time.time() - started < 120

@@ -1,0 +1,107 @@
+"""The networks: the paper's sizes, layout, statelessness, and that they learn."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lif import LIF, count_spikes, lif_reference, neurons
+from models import PAPER_WIDTHS, build_model
+
+INPUT = {"resnet19": (3, 32, 32), "vgg16": (3, 32, 32), "nmnist_net": (4, 2, 34, 34)}
+
+
+@pytest.mark.parametrize("name, parameters, convs, neuron_layers, macs", [
+    ("resnet19", 12_569_226, 19, 17, 2285), ("vgg16", 14_728_266, 13, 13, 313), ("nmnist_net", 17_134_436, 2, 4, 62)])
+def test_the_papers_sizes(name, parameters, convs, neuron_layers, macs):
+    """Counts as stated in the docstrings; multiply-adds (in millions) are PyTorch's own count of one step."""
+    model = build_model(name, 10, T=1, width=PAPER_WIDTHS[name]).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    kinds = [type(m) for m in model.modules()]
+    assert (kinds.count(nn.Conv2d), kinds.count(LIF)) == (convs, neuron_layers)
+    shape = (1, 1, 2, 34, 34) if name == "nmnist_net" else (1, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.rand(shape))
+    assert round(counter.get_total_flops() / 2e6) == macs
+
+
+def test_resnet19_layer_by_layer():
+    """The network against the same weights applied with torch.nn.functional and lif_reference."""
+    torch.manual_seed(0)
+    model, x = build_model("resnet19", 5, T=3, width=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval(), torch.rand(2, 3, 16, 16)
+
+    def steps(f, s):
+        return torch.stack([f(frame) for frame in s])
+
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.2, 0.6)
+        current = model.bn(model.conv((x - model.mean) / model.std))
+        s = lif_reference(torch.stack([current] * 3))
+        for block in [b for stage in model.stages for b in stage]:
+            h = lif_reference(steps(lambda z: block.bn1(block.conv1(z)), s))
+            r = steps(lambda z: block.shortcut_bn(block.shortcut(block.pool(z))), s) if block.project else s
+            s = lif_reference(steps(lambda z: block.bn2(block.conv2(z)), h) + r)
+        expected = torch.stack([model.head(frame.mean((2, 3))) for frame in s]).mean(0)
+        assert [len(stage) for stage in model.stages] == [3, 3, 2]
+        assert 0.01 < s.mean() < 0.9
+        assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", INPUT)
+def test_forward_is_stateless_and_per_sample(name):
+    torch.manual_seed(0)
+    model, x = build_model(name, 7, T=4, width=4).eval(), torch.rand(3, *INPUT[name])
+    with torch.no_grad():
+        logits = model(x)
+        assert logits.shape == (3, 7)
+        assert torch.allclose(logits, model(x), atol=1e-6)
+        assert torch.allclose(logits[1:2], model(x[1:2]), atol=1e-4)
+
+
+def test_settings_per_sample_reach_the_network():
+    """One mixed pass gives each row what it gets alone at its own setting; a high threshold silences the network."""
+    torch.manual_seed(0)
+    model, x = build_model("resnet19", 4, T=4, width=4).eval(), torch.rand(1, 3, 16, 16).expand(3, 3, 16, 16)
+    with torch.no_grad(), neurons(model, v_thr=torch.tensor([1.0, 1.5, 100.0]), tau=torch.tensor([0.5, 0.8, 0.5])):
+        mixed, spikes = model(x), count_spikes(model, x)
+    for row, setting in enumerate([(1.0, 0.5), (1.5, 0.8), (100.0, 0.5)]):
+        with torch.no_grad(), neurons(model, *setting):
+            assert torch.allclose(mixed[row], model(x)[row], atol=1e-4)
+    assert spikes[2] == 0 and spikes[0] > 0
+    assert torch.allclose(mixed[2], model.head.bias, atol=1e-6)          # no spike reaches the head
+
+
+@pytest.mark.parametrize("name, neuron", [("resnet19", "lif"), ("vgg16", "plif"), ("nmnist_net", "lif")])
+def test_a_small_batch_can_be_learned(name, neuron):
+    torch.manual_seed(0)
+    model = build_model(name, 3, T=2, width=8, neuron=neuron)
+    y = torch.arange(12) % 3
+    x = 0.5 * torch.rand(12, *((2, 2, 34, 34) if name == "nmnist_net" else (3, 16, 16)))
+    for k in range(3):
+        x[y == k, ..., 4 * k:4 * k + 4] += 0.5                           # a bright stripe at another place
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        logits = model(x)
+        loss = F.cross_entropy(logits, y) if name != "nmnist_net" else F.mse_loss(logits, F.one_hot(y, 3).float())
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(name="resnet20"), "unknown model"), (dict(name="vgg16", neuron="izhikevich"), "unknown neuron"),
+    (dict(name="vgg16", T=0), "T must"), (dict(name="vgg16", width=0), "width must"), (dict(name="vgg16", num_classes=1), "num_classes")])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(**{"num_classes": 10, **kwargs})
+
+
+def test_bad_input_shapes():
+    with pytest.raises(ValueError, match="images"):
+        build_model("resnet19", 10, width=4)(torch.rand(2, 1, 32, 32))
+    with pytest.raises(ValueError, match="event frames"):
+        build_model("nmnist_net", 10, T=4, width=4)(torch.rand(2, 5, 2, 34, 34))
