@@ -81,7 +81,8 @@ def train(name, data, a, dual=False):
         say(f"{name}, seed {a.seed}: finished earlier, read from {path}")
         return model
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"{name}, seed {a.seed}: {a.model}, width {a.width}, T = {a.T}, {parameters:,} parameters, {len(data.y_train):,} samples" + (f", of them {len(malicious)} of class {a.target} malicious" if dual else "")
+    say(f"{name}, seed {a.seed}: {a.model}, width {a.width}, T = {a.T}, {parameters:,} parameters, {len(data.y_train):,} samples"
+        + (f", of them {len(malicious)} of class {a.target} malicious" if dual else "")
         + (f"; resumed after epoch {len(history)}" if history else ""))
     say(f"{'epoch':>9} {'loss':>7} {'acc':>6} {'mal_acc':>7} {'CA':>6} {'target_rate':>11} {'sec':>6} {'ETA':>6}")
 
@@ -229,7 +230,8 @@ def attack(data, a):
                          base_ca=evaluate(backdoored, data, b, V_THR_N, TAU_N)["ca"], rows=rows))
     rows = [mean_of([run["rows"][i] for run in runs]) for i in range(len(a.v_thr_a))]
     base_ca = mean_of(runs)["base_ca"]
-    result = dict(settings(data, a), v_thr_a=a.v_thr_a, tau_a=a.tau_a, n_poison=len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)),
+    n_poison = len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed))
+    result = dict(settings(data, a), v_thr_a=a.v_thr_a, tau_a=a.tau_a, n_poison=n_poison,
                   clean_ca=mean_of(runs)["clean_ca"], base_ca=base_ca, rows=rows, chosen=choose(rows, base_ca, a.margin),
                   margin=a.margin, runs=runs, seconds=round(time.time() - started, 1))
     print_attack(result)
@@ -342,13 +344,15 @@ def table1(found):
     for name in sorted(found, key=list(PRESETS).index if set(found) <= set(PRESETS) else None):
         r = found[name]
         clean, base, paper = PAPER.get(name, (None, None, {}))
-        sizes = f"width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, {r['seeds']} seed{'s' * (r['seeds'] > 1)}"
-        lines.append(f"| **{name}**, {r['model']} {sizes}, {r['seconds'] / 60:.0f} min | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} "
-                     "| | | | | " + (f"Clean {clean:.1f}, Base {base:.1f} |" if clean else "not in the paper |"))
+        sizes = (f"{r['model']} width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, "
+                 f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, {r['seconds'] / 60:.0f} min")
+        theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
+        lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | {theirs} |")
         for row in r["rows"]:
+            cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row["asr_o"]]
             theirs = " / ".join(percent(v, 1) for v in paper[row["v_thr"]]) if row["v_thr"] in paper else ""
-            lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {row['v_thr']:.2f} | {row['ca']:.1f} "
-                         f"| {row['target_rate']:.1f} | {row['asr_p']:.1f} | {row['asr_p_clean_model']:.1f} | {percent(row['asr_o'], 1)} | {theirs} |")
+            lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {cells[0]:.2f} | "
+                         + " | ".join(percent(c, 1) for c in cells[1:]) + f" | {theirs} |")
     return "\n".join(lines)
 
 

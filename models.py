@@ -186,7 +186,4 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
         mean, std = mean or (0.5,) * 3, std or (0.25,) * 3
         build = resnet19 if name == "resnet19" else vgg16
         model = build(num_classes, T, width, NEURONS[neuron], tuple(mean), tuple(std))
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out")
     return model.to(memory_format=torch.channels_last)
