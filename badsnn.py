@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ import data as datasets
 from data import augment, poison_indices
 from lif import check_setting, neurons
 from models import NEURONS, WIDTHS, build_model
-from trigger import check_trigger, power_trigger, spike_trigger
+from trigger import UNet, check_trigger, deepfool, optimized_trigger, power_trigger, spike_trigger, train_unet, wanted_perturbations
 
 V_THR_N, TAU_N = 1.0, 0.5                                        # S_n, the nominal setting (Sec. 4.1)
 
@@ -225,9 +226,10 @@ def attack(data, a):
         b = SimpleNamespace(**{**vars(a), "seed": seed})
         clean = train("clean model", data, b)
         backdoored = train("backdoored model", data, b, dual=True)
-        rows = [attack_row(clean, backdoored, data, b, v_thr) for v_thr in a.v_thr_a]
+        generator, about_t_o = (None, None) if data.events else train_trigger(backdoored, data, b)
+        rows = [attack_row(clean, backdoored, generator, data, b, v_thr) for v_thr in a.v_thr_a]
         runs.append(dict(seed=seed, clean_ca=evaluate(clean, data, b, V_THR_N, TAU_N)["ca"],
-                         base_ca=evaluate(backdoored, data, b, V_THR_N, TAU_N)["ca"], rows=rows))
+                         base_ca=evaluate(backdoored, data, b, V_THR_N, TAU_N)["ca"], rows=rows, t_o=about_t_o))
     rows = [mean_of([run["rows"][i] for run in runs]) for i in range(len(a.v_thr_a))]
     base_ca = mean_of(runs)["base_ca"]
     n_poison = len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed))
@@ -238,7 +240,43 @@ def attack(data, a):
     write_json(path, result)
 
 
-def attack_row(clean, backdoored, data, a, v_thr):
+def train_trigger(model, data, a):
+    """T_o (Sec. 3.3.2) against the backdoored model, from training images only. Returns the U-Net and what was measured on the way.
+
+    DeepFool, the blending's labels and, with --adversarial-setting S_a, the adversarial loss see the model at (v_thr_o, tau_a).
+    # differs from the paper: Eq. 6 says S_n for the adversarial loss; at S_n a backdoored model hardly ever answers the target
+    """
+    other = (data.y_train != a.target).nonzero().flatten()
+    chosen = other[torch.randperm(len(other), generator=torch.Generator().manual_seed(a.seed))[:a.n_o]]
+    x, started = to_float(data.x_train[chosen].to(a.device), a), time.time()
+    torch.manual_seed(a.seed)
+    generator = UNet(data.num_classes, tuple(x.shape[2:])).to(a.device)
+    with neurons(model, a.v_thr_o, a.tau_a):
+        kept, wanted = wanted_perturbations(model, x, a.q, data.mean, data.std, a.target)
+        _, success = deepfool(model, x[:100], 3, 20, with_success=True)
+        near = deepfool(model, x[:100], max_iter=20, target=a.target)
+    about = dict(n_images=len(x), n_blended=len(kept), deepfool_success=share(success), l2_wanted=norms(wanted)["l2"],
+                 l2_targeted_deepfool=norms(near[near.flatten(1).any(1)])["l2"])
+    if not len(kept):
+        say("T_o: no training image could be blended into the target; left out")
+        return None, about
+    with neurons(model, *((a.v_thr_o, a.tau_a) if a.adversarial_setting == "S_a" else (V_THR_N, TAU_N))):
+        about["losses"] = train_unet(generator, model, kept, wanted, a.target, data.std, a.lambdas, a.epochs_o, seed=a.seed)
+    sim, adv, wmse = about["losses"][-1]
+    say(f"T_o: {len(kept)} of {len(x)} training images blended at v_thr {a.v_thr_o:g}; U-Net: L_sim {sim:.2f}, L_adv {adv:.2f}, "
+        f"L_wmse {wmse:.3f}; {time.time() - started:.0f} s")
+    return generator, about
+
+
+def norms(delta):
+    """Mean L2 and Linf per image of perturbations [N, C, H, W], in pixel units."""
+    if not len(delta):
+        return dict(l2=None, linf=None)
+    delta = delta.flatten(1)
+    return dict(l2=round(delta.norm(dim=1).mean().item(), 2), linf=round(delta.abs().amax(1).mean().item(), 3))
+
+
+def attack_row(clean, backdoored, generator, data, a, v_thr):
     """One deployed setting: the backdoored model with and without triggers, and the clean model under the same trigger."""
     tau, row = a.tau_a, dict(v_thr=v_thr, tau=a.tau_a)
     now, control = evaluate(backdoored, data, a, v_thr, tau), evaluate(clean, data, a, v_thr, tau)
@@ -249,7 +287,20 @@ def attack_row(clean, backdoored, data, a, v_thr):
     for key, trigger in triggers.items():
         row[key] = asr(backdoored, data, a, v_thr, tau, trigger)
     row["asr_p_clean_model"] = asr(clean, data, a, v_thr, tau, triggers["asr_p"])
+    if generator is not None:
+        t_o = partial(optimized_trigger, generator=generator, target=a.target, magnitude=a.magnitude)
+        row["asr_o"], row["asr_o_clean_model"] = (asr(model, data, a, v_thr, tau, t_o) for model in (backdoored, clean))
+        x = to_float(data.x_test[data.y_test != a.target].to(a.device), a)
+        for name, x_trig in (("o", t_o(x)), ("p", triggers["asr_p"](x))):
+            row.update({f"{norm}_{name}": size for norm, size in norms(x_trig - x).items()}, **{f"psnr_{name}": psnr(x_trig, x)})
+        faded = min(1.0, row["l2_o"] / row["l2_p"])           # control: T_p faded to T_o's L2
+        row["asr_p_faded"] = asr(backdoored, data, a, v_thr, tau, lambda x: x + faded * (triggers["asr_p"](x) - x))
     return row
+
+
+def psnr(x_trig, x):
+    """Mean peak signal-to-noise ratio in dB of triggered images [N, C, H, W] against the clean ones."""
+    return round((-10 * (x_trig - x).square().flatten(1).mean(1).clamp(min=1e-10).log10()).mean().item(), 1)
 
 
 def main_triggers(data, a):
@@ -274,8 +325,9 @@ def choose(rows, base_ca, margin):
 def mean_of(runs):
     """Mean over runs of every number in a list of equal dicts; other values are taken from the first."""
     def mean(values):
-        return round(sum(values) / len(values), 2) if all(isinstance(v, float) for v in values) else values[0]
-    return {key: runs[0][key] if key in ("v_thr", "tau") else mean([run[key] for run in runs]) for key in runs[0]}
+        numbers = [v for v in values if isinstance(v, float)]
+        return round(sum(numbers) / len(numbers), 2) if numbers else values[0]
+    return {key: runs[0][key] if key in ("v_thr", "tau") else mean([run.get(key) for run in runs]) for key in runs[0]}
 
 
 def print_attack(r):
@@ -285,20 +337,24 @@ def print_attack(r):
     say(f"Clean CA {r['clean_ca']:.1f}   Base CA {r['base_ca']:.1f}   target {r['target']}, P = {100 * r['poison_ratio']:g} % of the class "
         f"({r['n_poison']} samples), S_t = ({r['v_thr_t']:g}, {r['tau_t']:g}), {strength}")
     control, title = ("asr_clip_only", "clip only") if r["q"] is None else ("asr_p_renormalized", "renorm.")
-    say(f"{'':>13} | {'backdoored model':^47} | {'clean model, same trigger':^27}")
+    say(f"{'':>13} | {'backdoored model':^47} | {'clean model, same trigger':^35}")
     say(f"{'v_thr':>6} {'tau':>6} | {'CA':>7} {'target_rate':>12} {'ASR_p':>7} {title:>10} {'ASR_o':>7} | "
-        f"{'CA':>7} {'target_rate':>11} {'ASR_p':>7}")
+        f"{'CA':>7} {'target_rate':>11} {'ASR_p':>7} {'ASR_o':>7}")
     for row in r["rows"]:
         say(f"{row['v_thr']:6.2f} {row['tau']:6.2f} | {row['ca']:7.1f} {row['target_rate']:12.1f} {row['asr_p']:7.1f} {row[control]:10.1f} "
             f"{percent(row['asr_o'], 7)} | {row['ca_clean_model']:7.1f} {row['target_rate_clean_model']:11.1f} "
-            f"{row['asr_p_clean_model']:7.1f}" + ("  <- chosen" if row["v_thr"] == r["chosen"] else ""))
+            f"{row['asr_p_clean_model']:7.1f} {percent(row.get('asr_o_clean_model'), 7)}" + ("  <- chosen" if row["v_thr"] == r["chosen"] else ""))
+    sizes = [row for row in r["rows"] if row["v_thr"] == r["chosen"] and row.get("l2_o")]
+    for row in sizes:
+        say(f"Mean L2 (Linf, PSNR) of T_p: {row['l2_p']:.2f} ({row['linf_p']:.2f}, {row['psnr_p']:.1f} dB), of T_o: {row['l2_o']:.2f} "
+            f"({row['linf_o']:.2f}, {row['psnr_o']:.1f} dB); T_p faded to T_o's L2 reaches {row['asr_p_faded']:.1f} %.")
     say("ASR, target_rate: percent predicted as the target, with and without the trigger, among samples of other classes."
         + (f" No setting keeps CA within {r['margin']:g} points of Base CA." if r["chosen"] is None else
            f" Chosen: the largest ASR_p - target_rate with CA within {r['margin']:g} points of Base CA (Eq. 8)."))
     for row in r["rows"]:
         if row["v_thr"] == r["chosen"] and row["asr_p_clean_model"] > row["asr_p"] / 2:
             say(f"NOTE: at V_a = {row['v_thr']:g} the same trigger reaches {row['asr_p_clean_model']:.1f} % on the CLEAN model: "
-                "most of this ASR is not the backdoor's doing.")
+                "that much of this ASR is not the backdoor's doing.")
 
 
 def percent(value, width=6):
@@ -403,9 +459,10 @@ def save_figure(figure, path):
 
 def settings(data, a):
     """What a result must carry to mean anything."""
-    keys = ("model", "width", "T", "neuron", "epochs", "batch_size", "lr", "seed", "seeds", "target", "poison_ratio", "v_thr_t", "tau_t",
-            "malicious_rows", "malicious_weight", "warmup", "amp")
+    keys = ("model width T neuron epochs batch_size lr seed seeds target poison_ratio v_thr_t tau_t malicious_rows malicious_weight "
+            "warmup amp").split()
     images = not data.events
+    keys += "v_thr_o adversarial_setting lambdas epochs_o n_o magnitude".split() if images else []
     return dict(dataset=result_name(data.name), note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
                 **{key: getattr(a, key) for key in keys}, q=a.q if images else None, beta=None if images else a.beta,
                 frames=None if images else a.frames, device=str(a.device), torch=torch.__version__, threads=torch.get_num_threads())
@@ -563,6 +620,12 @@ OPTIONS = {      # flag, type, default (None: the preset), help
                ("--tau-a", float, TAU_N, "deployed decay"),
                ("--q", float, None, "exponent of T_p"),
                ("--beta", float, 0.03, "strength of T_s"),
+               ("--v-thr-o", float, 1.1, "threshold at which T_o is trained"),
+               ("--adversarial-setting", ("S_a", "S_n"), "S_a", "setting of T_o's adversarial loss"),
+               ("--lambdas", float, (1.0, 0.1, 1.0), "weights of T_o's three losses (Eq. 5)"),
+               ("--epochs-o", int, 8, "epochs of T_o's U-Net"),
+               ("--n-o", int, 600, "training images that T_o learns from"),
+               ("--magnitude", float, 1.0, "factor on T_o's output"),
                ("--margin", float, 5.0, "the chosen V_a may cost so many points of CA"),
                ("--malicious-rows", int, None, "malicious samples per step"),
                ("--malicious-weight", float, None, "weight of their loss"),
@@ -587,8 +650,13 @@ def prepare(a):
     """Checks and completes the settings and loads the data, before anything is written. Raises ValueError. -> data, settings."""
     check_setting(a.v_thr_t, a.tau_t)
     check_setting(torch.tensor(a.v_thr_a), a.tau_a)
+    check_setting(a.v_thr_o)
+    if len(a.lambdas) != 3 or not all(0 <= v < float("inf") for v in a.lambdas):
+        raise ValueError(f"--lambdas must be three numbers of at least 0, not {a.lambdas}")
+    a.lambdas = list(a.lambdas)
     at_least = {"T": 1, "epochs": 1, "batch_size": 1, "width": 1, "seeds": 1, "seed": 0, "n_train": 2, "n_test": 1, "malicious_rows": 1,
-                "malicious_weight": 0, "warmup": 0, "beta": 0, "margin": 0}
+                "malicious_weight": 0, "warmup": 0, "beta": 0, "margin": 0,
+                "epochs_o": 1, "n_o": 1, "magnitude": 0}
     for name in (*at_least, "q", "lr", "poison_ratio"):
         value, flag = getattr(a, name), "--" + name.replace("_", "-")
         if value is None:

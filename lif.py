@@ -225,14 +225,15 @@ class _FusedLIF(torch.autograd.Function):
                 grads += [_unflat(grad, shape, last), None, None]
                 continue
             mean, rstd, n = stat
-            sums = _norm_sums(grad, x, mean)
-            grad_weight, grad_bias = sums[1] * rstd, sums[0]
+            grad_weight = grad_bias = None
+            b = c = torch.zeros_like(mean)
+            if n or any(ctx.needs_input_grad[5::3]):
+                sums = _norm_sums(grad, x, mean)
+                grad_weight, grad_bias = sums[1] * rstd, sums[0]
             if n:   # batch statistics: they depend on x as well
                 total = _sum_over_ranks(sums.clone())
                 b = -scale * rstd ** 2 * total[1] / n
                 c = -scale * total[0] / n - b * mean
-            else:
-                b = c = torch.zeros_like(mean)
             grads += [_unflat(_norm_backward(grad, x, scale, b, c), shape, last), grad_weight, grad_bias]
         return None, None, None, grad_tau, *grads
 

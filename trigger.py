@@ -4,8 +4,17 @@
     x_trig = spike_trigger(frames, beta=0.03)                           # T_s, Eq. 7: event frames
 
 Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34]; so is what comes back.
+T_o, the optimised trigger, is a small network trained against the backdoored one:
+
+    x, wanted = wanted_perturbations(model, x, q, mean, std, target)    # DeepFool, adaptive blending: Eq. 4
+    train_unet(generator, model, x, wanted, target, std)                # Eqs. 5, 6
+    x_trig = optimized_trigger(x, generator, target)
 """
+import contextlib
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def _channels(values, x):
@@ -47,3 +56,172 @@ def check_trigger(x, x_trig):
     low, high = x_trig.aminmax()
     if not (low >= 0 and high <= most and high < float("inf")):
         raise ValueError(f"the trigger left the valid range: [{low:.3g}, {high:.3g}]")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# T_o, the optimised trigger (Sec. 3.3.2): DeepFool finds the nearest wrong answer, blending mixes it with T_p until the
+# network says the target, and a U-Net learns to produce that difference in one pass.
+
+@contextlib.contextmanager
+def frozen(model):
+    """Eval mode and no gradients for the weights inside the block: attacks differentiate with respect to the input only."""
+    training, needed = model.training, [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield model
+    finally:
+        model.train(training)
+        for p, need in zip(model.parameters(), needed):
+            p.requires_grad_(need)
+
+
+def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True, target=None, with_success=False):
+    """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation that changes the model's answer, batched.
+
+    x: images [B, C, H, W] in [0, 1]; the neuron setting is the model's own (see lif.neurons). Every sample steps to the
+    nearest boundary of the linearised model, among its `num_classes` most likely classes, and stops by itself when it flips.
+    max_step: longest L2 step, clip: keep images in [0, 1] (None and False give the original algorithm). target: go to this
+    class instead of the nearest. Returns the perturbation, shape of x, zero where it failed; with_success=True also the
+    successes [B]. Through a spiking network gradients are surrogates, so distances are rough and long steps go astray.
+    """
+    valid = (lambda z: z.clamp(0, 1)) if clip else (lambda z: z)
+    x, total, success = x.detach(), torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    with frozen(model):
+        with torch.no_grad():
+            ranked = model(x).topk(min(num_classes, model(x[:1]).shape[1])).indices        # [B, K], the answer first
+        if target is not None:
+            ranked = torch.stack([ranked[:, 0], torch.full_like(ranked[:, 0], target)], 1)
+            success |= ranked[:, 0] == target
+        active = (~success).nonzero().flatten()
+        for i in range(max_iter + 1):
+            if not len(active):
+                break
+            point = valid(x[active] + (1 + overshoot) * total[active]).requires_grad_()
+            logits, classes = model(point), ranked[active]
+            flipped = logits.argmax(1) != classes[:, 0] if target is None else logits.argmax(1) == target
+            success[active[flipped]] = True
+            stay = (~flipped).nonzero().flatten()
+            if i == max_iter or not len(stay):
+                break
+            chosen = logits.gather(1, classes)[stay]                                        # [b, K]
+            grads = [torch.autograd.grad(chosen[:, k].sum(), point, retain_graph=True)[0][stay] for k in range(classes.shape[1])]
+            w = torch.stack(grads[1:], 1) - grads[0].unsqueeze(1)                           # [b, K-1, C, H, W]
+            f = (chosen[:, 1:] - chosen[:, :1]).detach()
+            norm = w.flatten(2).norm(dim=2)                                                 # [b, K-1]
+            distance = torch.where(norm > 1e-8, f.abs() / norm.clamp(min=1e-8), float("inf"))
+            distance, nearest = distance.min(1)
+            rows = torch.arange(len(stay), device=x.device)
+            step = (distance + 1e-4).clamp(max=max_step or float("inf"))
+            direction = w[rows, nearest] / norm[rows, nearest].clamp(min=1e-8).view(-1, 1, 1, 1)
+            alive = distance.isfinite()                                                     # no gradient at all: give up
+            active = active[stay][alive]
+            total[active] += (step.view(-1, 1, 1, 1) * direction)[alive]
+    delta = (valid(x + (1 + overshoot) * total) - x) * success.view(-1, 1, 1, 1)
+    return (delta, success) if with_success else delta
+
+
+@torch.no_grad()
+def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
+    """Eq. 4: the blend closest to the adversarial image that the model still answers with the target.
+
+    x, x_adv = x + DeepFool, x_p = T_p(x): images [B, C, H, W]. The largest of k ratios a in [0, 1] wins for which
+    (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a: the whole grid is tried).
+    literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns x_blend, a [B], found [B]; x itself where none.
+    # differs from the paper: Eq. 4 as printed blends with a difference image, which is not an image; see README
+    """
+    start = (x - x_p).abs() if literal else x_p
+    x_blend, ratio, found = x.clone(), torch.zeros(len(x), device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    grid = torch.linspace(0, 1, k, device=x.device).view(k, 1, 1, 1, 1)
+    candidates = ((1 - grid) * start + grid * x_adv).clamp(0, 1)                            # [k, B, C, H, W]
+    hit = (model(candidates.flatten(0, 1)).argmax(1) == target).view(k, -1)
+    for i in range(k):
+        x_blend[hit[i]], ratio[hit[i]] = candidates[i][hit[i]], grid[i].item()
+        found |= hit[i]
+    return x_blend, ratio, found
+
+
+class UNet(nn.Module):
+    """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a target -> perturbations in
+    [-1, 1], same shape. The target class is a fourth input plane, learned, one per class. H and W are multiples of 4."""
+
+    def __init__(self, num_classes, size, width=16):
+        super().__init__()
+        self.size = size
+        self.plane = nn.Embedding(num_classes, size[0] * size[1])
+        self.down1, self.down2 = self.double(4, width), self.double(width, 2 * width)
+        self.bottom = self.double(2 * width, 4 * width)
+        self.up2, self.up1 = self.double(6 * width, 2 * width), self.double(3 * width, width)
+        self.out = nn.Conv2d(width, 3, 1)
+
+    @staticmethod
+    def double(c_in, c_out):
+        layers = []
+        for c in (c_in, c_out):
+            layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    def forward(self, x, target):
+        label = torch.full((len(x),), target, device=x.device)
+        a = self.down1(torch.cat([x, self.plane(label).view(-1, 1, *self.size)], 1))
+        b = self.down2(F.avg_pool2d(a, 2))
+        c = self.bottom(F.avg_pool2d(b, 2))
+        b = self.up2(torch.cat([F.interpolate(c, scale_factor=2, mode="bilinear"), b], 1))
+        a = self.up1(torch.cat([F.interpolate(b, scale_factor=2, mode="bilinear"), a], 1))
+        return self.out(a).tanh()
+
+
+def trigger_losses(made, wanted, logits, target, std):
+    """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W], logits of x + made [B, K].
+
+    w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample; errors are in units of the network's input, 1 / std.
+    """
+    sim = 1 - F.cosine_similarity(made.flatten(1), wanted.flatten(1)).mean()
+    adv = F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device))
+    weight = 1 + wanted.abs() / wanted.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8)
+    wmse = (weight * ((made - wanted) / _channels(std, made)) ** 2).mean()
+    return sim, adv, wmse
+
+
+def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, absolute=False, candidates=3, max_iter=20, batch=100):
+    """DeepFool and adaptive blending over images x [N, C, H, W], at the model's neuron setting: the x that can be blended,
+    and their wanted perturbations Delta_x = x_blend - x (absolute=True: |x - x_blend|, as printed in Eq. 4)."""
+    kept, wanted = [], []
+    for images in x.split(batch):
+        delta = deepfool(model, images, candidates, max_iter)
+        with frozen(model):
+            x_blend, _, found = adaptive_blend(model, images, images + delta, power_trigger(images, q, mean, std), target, k, literal)
+        kept.append(images[found])
+        wanted.append((x_blend - images)[found])
+    kept, wanted = torch.cat(kept), torch.cat(wanted)
+    return kept, wanted.abs() if absolute else wanted
+
+
+def train_unet(generator, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), epochs=8, batch=50, lr=1e-3, seed=0):
+    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. Returns the three mean losses per epoch."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=lr)
+    steps = max(1, len(x) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
+    history = []
+    generator.train()
+    with frozen(model):
+        for _ in range(epochs):
+            order, total = torch.randperm(len(x), device=x.device), torch.zeros(3, device=x.device)
+            for rows in order[:steps * batch].view(steps, -1) if len(x) >= batch else order.view(1, -1):
+                made = generator(x[rows], target)
+                logits = model((x[rows] + made).clamp(0, 1))
+                losses = torch.stack(trigger_losses(made, wanted[rows], logits, target, std))
+                optimizer.zero_grad()
+                (losses * torch.tensor(lambdas, device=x.device)).sum().backward()
+                optimizer.step()
+                schedule.step()
+                total += losses.detach() / steps
+            history.append(total.tolist())
+    generator.eval()
+    return history
+
+
+@torch.no_grad()
+def optimized_trigger(x, generator, target, magnitude=1.0):
+    """T_o at inference (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] in [0, 1] -> the same."""
+    return (x + magnitude * generator(x, target)).clamp(0, 1)
