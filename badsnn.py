@@ -75,7 +75,7 @@ def train(name, data, a, dual=False):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=a.epochs * steps_per_epoch,
                                                    pct_start=0.15, cycle_momentum=False)
 
-    config = training_config(name, data, a, dual)
+    config = training_config(name, data, a, dual, model)
     path = checkpoint_path(config, a)
     history = load_checkpoint(path, config, model, optimizer, schedule) if a.resume else []
     if len(history) == a.epochs:
@@ -343,7 +343,7 @@ def print_attack(r):
     for row in r["rows"]:
         say(f"{row['v_thr']:6.2f} {row['tau']:6.2f} | {row['ca']:7.1f} {row['target_rate']:12.1f} {row['asr_p']:7.1f} {row[control]:10.1f} "
             f"{percent(row['asr_o'], 7)} | {row['ca_clean_model']:7.1f} {row['target_rate_clean_model']:11.1f} "
-            f"{row['asr_p_clean_model']:7.1f} {percent(row.get('asr_o_clean_model'), 7)}" + ("  <- chosen" if row["v_thr"] == r["chosen"] else ""))
+            f"{row['asr_p_clean_model']:7.1f} {percent(row.get('asr_o_clean_model'), 7)}{'  <- chosen' * (row['v_thr'] == r['chosen'])}")
     sizes = [row for row in r["rows"] if row["v_thr"] == r["chosen"] and row.get("l2_o")]
     for row in sizes:
         say(f"Mean L2 (Linf, PSNR) of T_p: {row['l2_p']:.2f} ({row['linf_p']:.2f}, {row['psnr_p']:.1f} dB), of T_o: {row['l2_o']:.2f} "
@@ -492,12 +492,19 @@ def write_json(path, result):
     say(f"written: {path}")
 
 
-def training_config(name, data, a, dual):
-    """Everything that decides the weights; a checkpoint is used only if all of it is equal."""
+def training_config(name, data, a, dual, model):
+    """Everything that decides the trained weights, the fresh ones included; a checkpoint is used only if all of it is equal."""
     keys = "model width T neuron epochs batch_size lr optimizer loss augment pad flip seed amp frames".split()
     keys += "target poison_ratio v_thr_t tau_t malicious_rows malicious_weight warmup".split() if dual else []
-    fingerprint = hashlib.sha256(data.x_train.numpy().tobytes() + data.y_train.numpy().tobytes()).hexdigest()[:16]
-    return dict(name=name, dataset=result_name(data.name), data=fingerprint, **{key: getattr(a, key) for key in keys})
+    return dict(name=name, dataset=result_name(data.name), data=fingerprint(data.x_train, data.y_train),
+                fresh_weights=fingerprint(*model.state_dict().values()), **{key: getattr(a, key) for key in keys})
+
+
+def fingerprint(*tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def checkpoint_path(config, a):

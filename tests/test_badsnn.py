@@ -227,7 +227,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(workplace, capsys):
         def __reduce__(self):
             return os.mkdir, ("exploded",)
     data, a = prepared("--epochs", "1")
-    path = badsnn.checkpoint_path(badsnn.training_config("clean model", data, a, False), a)
+    path = badsnn.checkpoint_path(badsnn.training_config("clean model", data, a, False, badsnn.fresh_model(data, a)), a)
     path.parent.mkdir(parents=True)
     torch.save(dict(config=Bomb()), path)
     with pytest.raises(ValueError, match="not a checkpoint"):

@@ -1,8 +1,25 @@
 """The triggers: by arithmetic, in range, repeatable."""
+import math
+
 import pytest
 import torch
+from torch import nn
 
-from trigger import check_trigger, power_trigger, spike_trigger
+from lif import neurons
+from models import build_model
+from trigger import (
+    UNet,
+    adaptive_blend,
+    check_trigger,
+    deepfool,
+    frozen,
+    optimized_trigger,
+    power_trigger,
+    spike_trigger,
+    train_unet,
+    trigger_losses,
+    wanted_perturbations,
+)
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -45,3 +62,123 @@ def test_check_trigger():
             check_trigger(x, bad)
     with pytest.raises(ValueError):
         check_trigger(frames, -frames)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# T_o
+
+class Linear(nn.Module):
+    """logits = W x + b on images of 3 x 4 x 4: DeepFool's answer is known in closed form."""
+
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f = nn.Linear(48, classes)
+
+    def forward(self, x):
+        return self.f(x.flatten(1))
+
+
+@pytest.mark.parametrize("classes, max_step", [(2, None), (6, None), (6, 0.02)])
+def test_deepfool_on_a_linear_model_is_the_distance_to_the_nearest_boundary(classes, max_step):
+    model, x = Linear(classes), torch.rand(20, 3, 4, 4) * 0.5 + 0.25
+    delta, success = deepfool(model, x, classes, max_iter=500, overshoot=0.02, max_step=max_step, clip=False, with_success=True)
+    W, b = model.f.weight.detach(), model.f.bias.detach()
+    for i in range(20):
+        f = W @ x[i].flatten() + b
+        k0 = f.argmax()
+        others = [k for k in range(classes) if k != k0]
+        distances = torch.stack([(f[k0] - f[k]) / (W[k] - W[k0]).norm() for k in others])
+        nearest = others[distances.argmin()]
+        w = W[nearest] - W[k0]
+        length = delta[i].norm()
+        assert torch.allclose(delta[i].flatten() / length, w / w.norm(), atol=1e-4)
+        if max_step is None:
+            assert length.item() == pytest.approx(1.02 * (distances.min().item() + 1e-4), rel=1e-4)
+        else:       # many short steps end at the boundary, or beyond it by at most the overshoot and 1e-4 a step
+            assert 0.999 * distances.min() <= length <= 1.02 * (distances.min() + 1e-4 * (2 + distances.min() / max_step))
+    assert success.all() and (model(x).argmax(1) != model(x + delta).argmax(1)).all()
+
+
+def test_deepfool_on_a_spiking_network():
+    """Successes change the answer, failures are zero, images stay in [0, 1], the model comes back untouched; targeted too."""
+    torch.manual_seed(0)
+    model, x = build_model("resnet19", 5, T=4, width=8).train(), torch.rand(12, 3, 16, 16)
+    for _ in range(30):
+        model(x)                                            # fills BatchNorm's running statistics
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    delta, success = deepfool(model, x, 5, max_iter=30, with_success=True)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with frozen(model), torch.no_grad():
+        changed = model(x).argmax(1) != model((x + delta).clamp(0, 1)).argmax(1)
+    assert success.any() and torch.equal(changed, success) and delta.isfinite().all()
+    assert (delta[~success] == 0).all() and -1e-6 <= (x + delta).min() and (x + delta).max() <= 1 + 1e-6
+    delta, success = deepfool(model, x, max_iter=10, target=2, with_success=True)
+    with frozen(model), torch.no_grad():
+        assert (model((x + delta).clamp(0, 1)).argmax(1)[success] == 2).all()
+
+
+def test_deepfool_without_a_gradient_gives_up():
+    model, x = build_model("resnet19", 5, T=2, width=4), torch.rand(3, 3, 16, 16)
+    with neurons(model, v_thr=1000.0):                      # no spike, no surrogate: all gradients are zero
+        delta, success = deepfool(model, x, max_iter=5, with_success=True)
+    assert not success.any() and (delta == 0).all()
+
+
+class Brightness(nn.Module):
+    """Says 1 where the mean of the first channel is above a threshold."""
+
+    def forward(self, x):
+        bright = x[:, 0].mean((1, 2)) - 0.5
+        return torch.stack([-bright, bright], 1)
+
+
+def test_blend_takes_the_largest_ratio_that_works():
+    x = torch.full((4, 3, 2, 2), 0.3)
+    x_p = torch.tensor([0.9, 0.9, 0.1, 0.9]).view(4, 1, 1, 1).expand_as(x)
+    x_adv = torch.tensor([0.1, 0.8, 0.2, 0.5]).view(4, 1, 1, 1).expand_as(x)
+    blend, ratio, found = adaptive_blend(Brightness(), x, x_adv, x_p, target=1, k=5)
+    assert found.tolist() == [True, True, False, True]
+    # 0.9 - 0.8 a > 0.5 for a = 0 and 0.25 only; the second for all a; the third for none; the fourth: 0.9 - 0.4 a > 0.5 up to 0.75
+    assert ratio.tolist() == [0.25, 1.0, 0.0, 0.75]
+    assert torch.allclose(blend[:, 0, 0, 0], torch.tensor([0.7, 0.8, 0.3, 0.6]))
+    only, ratio, _ = adaptive_blend(Brightness(), x, x_adv, x_p, target=1, k=1)          # a = 0: T_p itself
+    assert torch.equal(only[0], x_p[0]) and ratio[0] == 0
+    literal, _, found = adaptive_blend(Brightness(), x, x_adv, x_p, target=1, k=2, literal=True)
+    assert found.tolist() == [True, True, False, True] and torch.allclose(literal[0], (x_p - x).abs()[0])
+
+
+def test_losses_of_eq_6_by_hand():
+    made = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2) / 10
+    wanted = torch.tensor([4.0, 3.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2) / 10
+    logits = torch.tensor([[2.0, 0.0]])
+    sim, adv, wmse = trigger_losses(made, wanted, logits, target=0, std=(0.5, 0.5, 0.5))
+    assert sim.item() == pytest.approx(1 - 24 / 25, abs=1e-5)                            # cosine of (3, 4) and (4, 3)
+    assert adv.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-5)
+    assert wmse.item() == pytest.approx(((1 + 1) * 0.2 ** 2 + (1 + 0.75) * 0.2 ** 2) / 2, abs=1e-5)
+
+
+def test_generator_learns_one_batch_and_reloads(tmp_path):
+    torch.manual_seed(0)
+    model, generator, x = build_model("resnet19", 3, T=2, width=4), UNet(3, (16, 16), width=8), torch.rand(20, 3, 16, 16)
+    wanted = 0.4 * (x - 0.5)
+    history = train_unet(generator, model, x, wanted, 1, (0.3,) * 3, epochs=40, batch=20, lr=5e-3)
+    assert history[-1][0] < 0.5 * history[0][0] and history[-1][2] < 0.5 * history[0][2]
+    out = optimized_trigger(x, generator, 1)
+    check_trigger(x, out)
+    assert torch.allclose(optimized_trigger(x, generator, 1, magnitude=0.0), x)
+    assert not torch.equal(generator(x, 0), generator(x, 1))                              # the target is an input
+    torch.save(generator.state_dict(), tmp_path / "g.pt")
+    again = UNet(3, (16, 16), width=8)
+    again.load_state_dict(torch.load(tmp_path / "g.pt", weights_only=True))
+    assert torch.equal(optimized_trigger(x, again.eval(), 1), out)
+
+
+def test_wanted_perturbations_lead_to_the_target():
+    torch.manual_seed(0)
+    model, x = build_model("resnet19", 3, T=2, width=4), torch.rand(10, 3, 16, 16)
+    target = model.eval()(power_trigger(x, 2, MEAN, STD)).argmax(1).mode().values.item()
+    kept, wanted = wanted_perturbations(model, x, 2, MEAN, STD, target, max_iter=3)
+    assert len(kept) == len(wanted) > 0
+    assert (model((kept + wanted).clamp(0, 1)).argmax(1) == target).float().mean() > 0.9
