@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,18 +37,21 @@ from tqdm.auto import tqdm
 
 import data as datasets
 from data import augment, poison_indices
-from lif import check_setting, neurons
+from lif import check_setting, count_spikes, neurons
 from models import NEURONS, WIDTHS, build_model
-from trigger import UNet, check_trigger, deepfool, optimized_trigger, power_trigger, spike_trigger, train_unet, wanted_perturbations
+from trigger import UNet, check_trigger, deepfool, frozen, optimized_trigger, power_trigger, spike_trigger, train_unet, wanted_perturbations
 
 V_THR_N, TAU_N = 1.0, 0.5                                        # S_n, the nominal setting (Sec. 4.1)
 
+T_O_SETTINGS = ("v_thr_o", "adversarial_setting", "lambdas", "epochs_o", "n_o")
+
 # Table 1's settings per data set, then ours (the paper gives no epochs, learning rates or q). `seeds` runs are averaged.
 IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0, epochs=30, batch_size=128, lr=0.1,
-              optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1)
+              optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1,
+              lambdas=(1.0, 0.1, 1.0), epochs_o=8)
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
-    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3),
+    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0)),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8),
@@ -77,7 +81,13 @@ def train(name, data, a, dual=False):
 
     config = training_config(name, data, a, dual, model)
     path = checkpoint_path(config, a)
-    history = load_checkpoint(path, config, model, optimizer, schedule) if a.resume else []
+    history = []
+    if a.resume and path.exists():
+        state = read_checkpoint(path, config)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        history = state["history"]
     if len(history) == a.epochs:
         say(f"{name}, seed {a.seed}: finished earlier, read from {path}")
         return model
@@ -141,8 +151,8 @@ def train(name, data, a, dual=False):
         if epoch >= a.warmup and (row["ca"] < 150 / data.num_classes or row["target_rate"] > 90):
             say("  warning: collapsed? at the nominal setting the model " + (
                 "answers the target to nearly everything" if row["target_rate"] > 90 else "is near chance"))
-        if rank == 0:
-            save_checkpoint(path, config, model, optimizer, schedule, history)
+        write_checkpoint(path, dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                    schedule=schedule.state_dict(), history=history))
     return model
 
 
@@ -227,6 +237,8 @@ def attack(data, a):
         clean = train("clean model", data, b)
         backdoored = train("backdoored model", data, b, dual=True)
         generator, about_t_o = (None, None) if data.events else train_trigger(backdoored, data, b)
+        if generator is not None and rank_and_ranks()[0] == 0:
+            save_examples(generator, data, b)
         rows = [attack_row(clean, backdoored, generator, data, b, v_thr) for v_thr in a.v_thr_a]
         runs.append(dict(seed=seed, clean_ca=evaluate(clean, data, b, V_THR_N, TAU_N)["ca"],
                          base_ca=evaluate(backdoored, data, b, V_THR_N, TAU_N)["ca"], rows=rows, t_o=about_t_o))
@@ -241,7 +253,8 @@ def attack(data, a):
 
 
 def train_trigger(model, data, a):
-    """T_o (Sec. 3.3.2) against the backdoored model, from training images only. Returns the U-Net and what was measured on the way.
+    """T_o (Sec. 3.3.2) against the backdoored model, from training images only. Returns the U-Net and what was measured on the way;
+    the U-Net is None where no image could be blended. Kept in a.runs/DATASET/ and read from there the next time.
 
     DeepFool, the blending's labels and, with --adversarial-setting S_a, the adversarial loss see the model at (v_thr_o, tau_a).
     # differs from the paper: Eq. 6 says S_n for the adversarial loss; at S_n a backdoored model hardly ever answers the target
@@ -251,21 +264,42 @@ def train_trigger(model, data, a):
     x, started = to_float(data.x_train[chosen].to(a.device), a), time.time()
     torch.manual_seed(a.seed)
     generator = UNet(data.num_classes, tuple(x.shape[2:])).to(a.device)
+    config = dict(name="trigger T_o", dataset=result_name(data.name), model=fingerprint(*model.state_dict().values()), seed=a.seed,
+                  images=fingerprint(x), **{key: getattr(a, key) for key in ("target", "q", "tau_a", *T_O_SETTINGS)})
+    path = checkpoint_path(config, a)
+    if a.resume and path.exists():
+        state = read_checkpoint(path, config)
+        generator.load_state_dict(state["generator"])
+        return generator.eval() if state["about"]["n_blended"] else None, state["about"]
     with neurons(model, a.v_thr_o, a.tau_a):
         kept, wanted = wanted_perturbations(model, x, a.q, data.mean, data.std, a.target)
         _, success = deepfool(model, x[:100], 3, 20, with_success=True)
         near = deepfool(model, x[:100], max_iter=20, target=a.target)
     about = dict(n_images=len(x), n_blended=len(kept), deepfool_success=share(success), l2_wanted=norms(wanted)["l2"],
-                 l2_targeted_deepfool=norms(near[near.flatten(1).any(1)])["l2"])
-    if not len(kept):
-        say("T_o: no training image could be blended into the target; left out")
-        return None, about
-    with neurons(model, *((a.v_thr_o, a.tau_a) if a.adversarial_setting == "S_a" else (V_THR_N, TAU_N))):
-        about["losses"] = train_unet(generator, model, kept, wanted, a.target, data.std, a.lambdas, a.epochs_o, seed=a.seed)
-    sim, adv, wmse = about["losses"][-1]
-    say(f"T_o: {len(kept)} of {len(x)} training images blended at v_thr {a.v_thr_o:g}; U-Net: L_sim {sim:.2f}, L_adv {adv:.2f}, "
-        f"L_wmse {wmse:.3f}; {time.time() - started:.0f} s")
-    return generator, about
+                 l2_targeted_deepfool=norms(near[near.flatten(1).any(1)])["l2"], losses=None)
+    if len(kept):
+        with neurons(model, *((a.v_thr_o, a.tau_a) if a.adversarial_setting == "S_a" else (V_THR_N, TAU_N))):
+            about["losses"] = train_unet(generator, model, kept, wanted, a.target, data.std, a.lambdas, a.epochs_o, seed=a.seed)
+        sim, adv, wmse = about["losses"][-1]
+        say(f"trigger T_o, seed {a.seed}: {len(kept)} of {len(x)} training images blended at v_thr {a.v_thr_o:g}; U-Net: L_sim {sim:.2f}, "
+            f"L_adv {adv:.2f}, L_wmse {wmse:.3f}; {time.time() - started:.0f} s")
+    else:
+        say(f"trigger T_o, seed {a.seed}: none of {len(x)} training images could be blended into the target; left out")
+    write_checkpoint(path, dict(config=config, generator=generator.state_dict(), about=about))
+    return generator.eval() if len(kept) else None, about
+
+
+def save_examples(generator, data, a):
+    """Eight test images of eight classes with both triggers, for Fig. 5: results/DATASET/triggers.npz, uint8 [8, H, W, 3]."""
+    classes = [k for k in range(data.num_classes) if k != a.target and (data.y_test == k).any()][:8]
+    x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(a.device), a)
+    images = dict(clean=x, t_p=main_triggers(data, a)["asr_p"](x), t_o=optimized_trigger(x, generator, a.target, a.magnitude))
+    path = a.results / result_name(data.name) / "triggers.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    with open(part, "wb") as file:
+        np.savez_compressed(file, **{k: v.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for k, v in images.items()})
+    os.replace(part, path)
 
 
 def norms(delta):
@@ -314,12 +348,13 @@ def main_triggers(data, a):
 
 
 def choose(rows, base_ca, margin):
-    """The attacker's setting by Eq. 8: among the rows with CA >= base_ca - margin the one with the largest ASR - target_rate.
+    """The attacker's setting by Eq. 8: among the rows with CA >= base_ca - margin the one with the largest ASR - target_rate,
+    the better of ASR_p and ASR_o.
 
     As in the paper the choice is made on the test set; with so few candidates the bias is small. None if no row qualifies.
     """
     fit = [row for row in rows if row["ca"] >= base_ca - margin and row["v_thr"] != V_THR_N]
-    return max(fit, key=lambda row: row["asr_p"] - row["target_rate"])["v_thr"] if fit else None
+    return max(fit, key=lambda row: max(row["asr_p"], row.get("asr_o") or 0) - row["target_rate"])["v_thr"] if fit else None
 
 
 def mean_of(runs):
@@ -350,7 +385,7 @@ def print_attack(r):
             f"({row['linf_o']:.2f}, {row['psnr_o']:.1f} dB); T_p faded to T_o's L2 reaches {row['asr_p_faded']:.1f} %.")
     say("ASR, target_rate: percent predicted as the target, with and without the trigger, among samples of other classes."
         + (f" No setting keeps CA within {r['margin']:g} points of Base CA." if r["chosen"] is None else
-           f" Chosen: the largest ASR_p - target_rate with CA within {r['margin']:g} points of Base CA (Eq. 8)."))
+           f" Chosen: the largest ASR - target_rate with CA within {r['margin']:g} points of Base CA (Eq. 8)."))
     for row in r["rows"]:
         if row["v_thr"] == r["chosen"] and row["asr_p_clean_model"] > row["asr_p"] / 2:
             say(f"NOTE: at V_a = {row['v_thr']:g} the same trigger reaches {row['asr_p_clean_model']:.1f} % on the CLEAN model: "
@@ -359,6 +394,59 @@ def print_attack(r):
 
 def percent(value, width=6):
     return f"{value:{width}.1f}" if value is not None else f"{'-':>{width}}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ablate: the paper's figures, one study each. A study returns rows; figure_STUDY draws them.
+
+def ablate(data, a):
+    """Runs one study and writes results/DATASET/STUDY.json."""
+    if data.events:
+        raise ValueError(f"--study {a.study} is about images, and {a.dataset} holds events")
+    started = time.time()
+    rows = STUDIES[a.study](data, a)
+    for row in rows:
+        say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    result = dict(settings(data, a), study=a.study, tau_a=a.tau_a, rows=rows, seconds=round(time.time() - started, 1))
+    write_json(a.results / result["dataset"] / f"{a.study}.json", result)
+
+
+def study_threshold(data, a):
+    """Fig. 2: a clean model's accuracy and spikes per sample against v_thr, without and with both readings of T_p."""
+    model = train("clean model", data, a)
+    readings = {"none": None, "T_p": main_triggers(data, a)["asr_p"], "T_p re-normalised": main_triggers(data, a)["asr_p_renormalized"]}
+    return [dict(v_thr=round(v_thr, 2), trigger=name, ca=share(predict(model, data.x_test, a, v_thr, TAU_N, trigger) == data.y_test),
+                 spikes=spikes_per_sample(model, data.x_test, a, v_thr, TAU_N, trigger))
+            for v_thr in torch.linspace(0.5, 1.5, 11).tolist() for name, trigger in readings.items()]
+
+
+@torch.inference_mode()
+def spikes_per_sample(model, x, a, v_thr, tau, trigger=None):
+    """Mean number of spikes per sample, summed over T and all neurons, on up to 500 samples of x."""
+    counts = []
+    with neurons(model, v_thr, tau), frozen(model):
+        for batch in x[:500].split(100):
+            batch = to_float(batch.to(a.device), a)
+            counts.append(count_spikes(model, batch if trigger is None else trigger(batch)))
+    return round(torch.cat(counts).mean().item(), 1)
+
+
+def study_magnitude(data, a):
+    """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output, at v_thr_o; clean model beside it."""
+    clean, backdoored = train("clean model", data, a), train("backdoored model", data, a, dual=True)
+    generator, _ = train_trigger(backdoored, data, a)
+    if generator is None:
+        raise ValueError("no training image could be blended into the target, so there is no T_o to scale")
+    now, rows = evaluate(backdoored, data, a, a.v_thr_o, a.tau_a), []
+    x = to_float(data.x_test[data.y_test != a.target].to(a.device), a)
+    for m in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
+        t_o = partial(optimized_trigger, generator=generator, target=a.target, magnitude=m)
+        rows.append(dict(magnitude=m, v_thr=a.v_thr_o, **now, asr_o=asr(backdoored, data, a, a.v_thr_o, a.tau_a, t_o),
+                         asr_o_clean_model=asr(clean, data, a, a.v_thr_o, a.tau_a, t_o), **norms(t_o(x) - x)))
+    return rows
+
+
+STUDIES = {"threshold": study_threshold, "magnitude": study_magnitude}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -378,6 +466,11 @@ def report(a):
         raise ValueError(f"no attack.json below {a.results}/; run 'python badsnn.py attack' first")
     for name, result in found.items():
         figure_attack(result, a.results / name / "attack.png")
+        if (a.results / name / "triggers.npz").exists():
+            figure_triggers(a.results / name)
+    for study, draw in (("threshold", figure_threshold), ("magnitude", figure_magnitude)):
+        for path in sorted(a.results.glob(f"*/{study}.json")):
+            draw(json.loads(path.read_text()), path.with_suffix(".png"))
     tables = {"table1": table1(found)}
     if (a.results / "benchmark.json").exists():
         tables["benchmark"] = benchmark_table(json.loads((a.results / "benchmark.json").read_text()))
@@ -437,6 +530,57 @@ def figure_attack(r, path):
     save_figure(figure, path)
 
 
+def figure_triggers(folder):
+    """Fig. 5: clean test images, both triggers, and five times the perturbation of T_o."""
+    plt = pyplot()
+    with np.load(folder / "triggers.npz", allow_pickle=False) as file:
+        clean, t_p, t_o = (file[key].astype(np.float32) / 255 for key in ("clean", "t_p", "t_o"))
+    rows = {"clean": clean, "T_p": t_p, "T_o": t_o, "5 (T_o - clean)": (0.5 + 5 * (t_o - clean)).clip(0, 1)}
+    figure, axes = plt.subplots(len(rows), len(clean), figsize=(0.9 * len(clean) + 0.8, 3.9), layout="constrained")
+    for (title, images), line in zip(rows.items(), axes):
+        for axis, image in zip(line, images):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center")
+    save_figure(figure, folder / "triggers.png")
+
+
+def figure_threshold(r, path):
+    """Fig. 2: accuracy and spike count of a clean model against v_thr."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3), layout="constrained")
+    styles = {"none": ("o-", "black"), "T_p": ("^-", "tab:red"), "T_p re-normalised": ("v--", "tab:orange")}
+    for name, (style, color) in styles.items():
+        rows = [row for row in r["rows"] if row["trigger"] == name]
+        for axis, key in zip(axes, ("ca", "spikes")):
+            x, y = [row["v_thr"] for row in rows], [row[key] for row in rows]
+            axis.plot(x, y, style, color=color, label=f"trigger: {name}", markersize=4)
+    axes[0].set(xlabel="v_thr", ylabel="accuracy, %", ylim=(-3, 103), title=f"{r['dataset']}, clean model, q = {r['q']:g}")
+    axes[1].set(xlabel="v_thr", ylabel="spikes per sample, all layers and steps", ylim=(0, None))
+    axes[0].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def figure_magnitude(r, path):
+    """Fig. 4b: what a stronger T_o buys and what it costs."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    m = [row["magnitude"] for row in r["rows"]]
+    axis.plot(m, [row["asr_o"] for row in r["rows"]], "D-", color="tab:green", label="ASR_o", markersize=5)
+    axis.plot(m, [row["asr_o_clean_model"] for row in r["rows"]], "x--", color="tab:blue", label="ASR_o on the clean model", markersize=5)
+    axis.plot(m, [row["ca"] for row in r["rows"]], "o:", color="0.45", label="CA (no trigger)", markersize=4)
+    axis.set(xlabel="magnitude m: factor on T_o's output", ylabel="percent of test samples", ylim=(-3, 103),
+             title=f"{r['dataset']}, V_a = {r['rows'][0]['v_thr']:g}, seed {r['seed']}")
+    other = axis.twinx()
+    other.plot(m, [row["l2"] for row in r["rows"]], "s-.", color="black", label="L2 norm (right)", markersize=4)
+    other.set(ylabel="mean L2 norm of the perturbation, pixels", ylim=(0, None))
+    other.spines["right"].set_visible(True)
+    lines = axis.get_legend_handles_labels()[0] + other.get_legend_handles_labels()[0]
+    axis.legend(lines, [line.get_label() for line in lines], fontsize=7, loc="center right")
+    save_figure(figure, path)
+
+
 def pyplot():
     """matplotlib without a window, imported only where a figure is drawn."""
     import matplotlib
@@ -462,7 +606,7 @@ def settings(data, a):
     keys = ("model width T neuron epochs batch_size lr seed seeds target poison_ratio v_thr_t tau_t malicious_rows malicious_weight "
             "warmup amp").split()
     images = not data.events
-    keys += "v_thr_o adversarial_setting lambdas epochs_o n_o magnitude".split() if images else []
+    keys += [*T_O_SETTINGS, "magnitude"] if images else []
     return dict(dataset=result_name(data.name), note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
                 **{key: getattr(a, key) for key in keys}, q=a.q if images else None, beta=None if images else a.beta,
                 frames=None if images else a.frames, device=str(a.device), torch=torch.__version__, threads=torch.get_num_threads())
@@ -512,26 +656,22 @@ def checkpoint_path(config, a):
     return a.runs / config["dataset"] / f"{config['name'].replace(' ', '-')}-seed{config['seed']}-{digest}.pt"
 
 
-def save_checkpoint(path, config, model, optimizer, schedule, history):
+def write_checkpoint(path, state):
+    if rank_and_ranks()[0] != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    torch.save(dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-                    history=history), part)
+    torch.save(state, part)
     os.replace(part, path)
 
 
-def load_checkpoint(path, config, model, optimizer, schedule):
-    """Restores a run in place and returns its history ([] if there is none). Raises ValueError for a damaged or foreign file."""
-    if not path.exists():
-        return []
+def read_checkpoint(path, config):
+    """The state in a checkpoint; nothing in it is ever run. Raises ValueError for a damaged file or one of another run."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["config"] != config:
             raise ValueError("it belongs to a run with other settings")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        return state["history"]
+        return state
     except Exception as error:      # torch.load has many: zip, pickle, key, type and runtime errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise ValueError(f"{path}: not a checkpoint of this run ({reason}); delete it, or start anew with --fresh") from None
@@ -590,17 +730,20 @@ def get_args(argv=None):
     parser = Parser(prog="badsnn.py", description="BadSNN: backdoor attacks on spiking neural networks.",
                     epilog="Defaults not shown are the data set's preset, PRESETS in badsnn.py.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    one = commands.add_parser("attack", help="Table 1's row of a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for group, options in OPTIONS.items():
-        group = one.add_argument_group(group)
-        for flag, kind, default, text in options:
-            if kind is bool:
-                group.add_argument(flag, action="store_true", help=text)
-            elif isinstance(kind, tuple):
-                group.add_argument(flag, choices=kind, default=default, help=text)
-            else:
-                many = dict(nargs="+") if isinstance(default, tuple) else {}
-                group.add_argument(flag, type=kind, default=default, metavar="V", help=text, **many)
+    for name, text in (("attack", "Table 1's row of a data set"), ("ablate", "one of the paper's figures")):
+        command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if name == "ablate":
+            command.add_argument("--study", choices=tuple(STUDIES), required=True, help="Fig. 2: threshold; Fig. 4b: magnitude")
+        for group, options in OPTIONS.items():
+            group = command.add_argument_group(group)
+            for flag, kind, default, text in options:
+                if kind is bool:
+                    group.add_argument(flag, action="store_true", help=text)
+                elif isinstance(kind, tuple):
+                    group.add_argument(flag, choices=kind, default=default, help=text)
+                else:
+                    many = dict(nargs="+") if isinstance(default, tuple) else dict(nargs=3) if kind == "three" else {}
+                    group.add_argument(flag, type=float if kind == "three" else kind, default=default, metavar="V", help=text, **many)
     two = commands.add_parser("report", help="figures and the README's tables, from results/ alone",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     two.add_argument("--results", type=Path, default=Path("results"), metavar="V", help="folder of the results")
@@ -629,8 +772,8 @@ OPTIONS = {      # flag, type, default (None: the preset), help
                ("--beta", float, 0.03, "strength of T_s"),
                ("--v-thr-o", float, 1.1, "threshold at which T_o is trained"),
                ("--adversarial-setting", ("S_a", "S_n"), "S_a", "setting of T_o's adversarial loss"),
-               ("--lambdas", float, (1.0, 0.1, 1.0), "weights of T_o's three losses (Eq. 5)"),
-               ("--epochs-o", int, 8, "epochs of T_o's U-Net"),
+               ("--lambdas", "three", None, "weights of T_o's three losses (Eq. 5)"),
+               ("--epochs-o", int, None, "epochs of T_o's U-Net"),
                ("--n-o", int, 600, "training images that T_o learns from"),
                ("--magnitude", float, 1.0, "factor on T_o's output"),
                ("--margin", float, 5.0, "the chosen V_a may cost so many points of CA"),
@@ -658,9 +801,8 @@ def prepare(a):
     check_setting(a.v_thr_t, a.tau_t)
     check_setting(torch.tensor(a.v_thr_a), a.tau_a)
     check_setting(a.v_thr_o)
-    if len(a.lambdas) != 3 or not all(0 <= v < float("inf") for v in a.lambdas):
-        raise ValueError(f"--lambdas must be three numbers of at least 0, not {a.lambdas}")
-    a.lambdas = list(a.lambdas)
+    if a.lambdas and not all(0 <= v < float("inf") for v in a.lambdas):
+        raise ValueError(f"--lambdas must be at least 0, not {a.lambdas}")
     at_least = {"T": 1, "epochs": 1, "batch_size": 1, "width": 1, "seeds": 1, "seed": 0, "n_train": 2, "n_test": 1, "malicious_rows": 1,
                 "malicious_weight": 0, "warmup": 0, "beta": 0, "margin": 0,
                 "epochs_o": 1, "n_o": 1, "magnitude": 0}
@@ -711,7 +853,7 @@ def prepare(a):
     a.batch_size = min(a.batch_size, len(data.y_train) // ranks * ranks)
     if a.batch_size % ranks or a.malicious_rows % ranks:
         raise ValueError(f"--batch-size {a.batch_size} and --malicious-rows {a.malicious_rows} must be multiples of the {ranks} processes")
-    a.width = a.width or WIDTHS[a.model]
+    a.width, a.lambdas = a.width or WIDTHS[a.model], list(a.lambdas)
     a.v_thr_a, a.eval_batch, a.augment = sorted(set(a.v_thr_a)), 512, not a.no_augment
     if a.amp == "auto":
         a.amp = torch.cuda.is_bf16_supported() if a.device.type == "cuda" else cpu_has_bfloat16()
@@ -746,7 +888,7 @@ def refuse(error):
     return 2
 
 
-COMMANDS = {"attack": attack}
+COMMANDS = {"attack": attack, "ablate": ablate}
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ and checks the image sets; tonic downloads N-MNIST and turns events into frames 
 imported only where events are read). digits ships inside scikit-learn and needs no network.
 """
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +43,7 @@ def load(name, root="data", T=4, seed=0):
             raise ValueError(f"T must be at least 1, not {T}")
         path = Path(root) / (f"{name}-T{T}.npz" if name in EVENT_SETS else f"{name}.npz")
         if not path.exists():
-            print(f"preparing {name}: {path} (once)", file=sys.stderr)
+            print(f"preparing {name}: {path} (once)", flush=True)
             arrays = _convert(name, Path(root), T, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.stem}.{os.getpid()}.tmp")

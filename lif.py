@@ -81,6 +81,28 @@ def lif_reference(x_seq, v_thr=1.0, tau=0.5, surrogate="triangle"):
 # (cheaper than writing and reading it). Tensors here are [T, B, M, C]: C channels last, M pixels.
 # v_thr and tau are tensors [B], so that changing them never compiles anything again.
 
+torch._dynamo.config.recompile_limit = 64              # dtypes, with or without BatchNorm or residual, training or not
+torch.fx.experimental._config.use_duck_shape = False   # two sizes that happen to be equal stay two sizes
+
+
+class compiled:
+    """Decorator: the function compiled by torch.compile, or as it is where that fails (no C++ compiler, say); said once."""
+    enabled = os.environ.get("BADSNN_COMPILE", "1") != "0"
+
+    def __init__(self, fn):
+        self.fn, self.fast = fn, torch.compile(fn, dynamic=True)
+
+    def __call__(self, *args):
+        if compiled.enabled:
+            try:
+                return self.fast(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                compiled.enabled = False
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(f"torch.compile does not work here ({reason}); the neuron runs uncompiled, a few times slower", stacklevel=2)
+        return self.fn(*args)
+
+
 def _charge(v, tau, inputs, scales, shifts, t):
     v = tau * v
     for x, scale, shift in zip(inputs, scales, shifts):
@@ -89,6 +111,7 @@ def _charge(v, tau, inputs, scales, shifts, t):
     return v
 
 
+@compiled
 def _lif_forward(inputs, scales, shifts, v_thr, tau):
     v_thr, tau = v_thr[:, None, None], tau[:, None, None]
     v, spikes = 0.0, []
@@ -100,6 +123,7 @@ def _lif_forward(inputs, scales, shifts, v_thr, tau):
     return torch.stack(spikes)
 
 
+@compiled
 def _lif_backward(grad, inputs, scales, shifts, v_thr, tau, surrogate, learn_tau):
     """Returns dL/dx [T, B, M, C] and, for PLIF, dL/dtau [B]. By hand, backwards in time, with g = dL/d(v after reset):
 
@@ -126,47 +150,24 @@ def _lif_backward(grad, inputs, scales, shifts, v_thr, tau, surrogate, learn_tau
     return torch.stack(grad_x), grad_tau.sum((1, 2)) if learn_tau else None
 
 
+@compiled
 def _moments(x, origin):
     """Sums of x - origin and of its square, per channel: [T, B, M, C] -> [2, C]. An origin near the mean avoids cancellation."""
     d = x.float() - origin
     return torch.stack([d.sum(2), (d * d).sum(2)]).sum((1, 2))
 
 
+@compiled
 def _norm_sums(grad, x, mean):
     """The two sums of BatchNorm's backward, of grad and of grad * (x - mean), per channel -> [2, C]."""
     g = grad.float()
     return torch.stack([g.sum(2), (g * (x.float() - mean)).sum(2)]).sum((1, 2))
 
 
+@compiled
 def _norm_backward(grad, x, a, b, c):
+    """The gradient through BatchNorm is a * grad + b * x + c, with a, b, c per channel."""
     return (a * grad.float() + b * x.float() + c).to(x.dtype)
-
-
-torch._dynamo.config.recompile_limit = 64              # dtypes, with or without BatchNorm or residual, training or not
-torch.fx.experimental._config.use_duck_shape = False   # two sizes that happen to be equal stay two sizes
-
-
-class _Compiled:
-    """fn compiled by torch.compile; the same fn, uncompiled, where that fails (no C++ compiler, say). Said once."""
-    enabled = os.environ.get("BADSNN_COMPILE", "1") != "0"
-
-    def __init__(self, fn):
-        self.fn, self.fast = fn, torch.compile(fn, dynamic=True)
-
-    def __call__(self, *args):
-        if not _Compiled.enabled:
-            return self.fn(*args)
-        try:
-            return self.fast(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            _Compiled.enabled = False
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"torch.compile does not work here ({reason}); the neuron runs uncompiled, a few times slower")
-            return self.fn(*args)
-
-
-_lif_forward, _lif_backward = _Compiled(_lif_forward), _Compiled(_lif_backward)
-_moments, _norm_sums, _norm_backward = _Compiled(_moments), _Compiled(_norm_sums), _Compiled(_norm_backward)
 
 
 def _sum_over_ranks(x):

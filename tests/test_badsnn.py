@@ -47,6 +47,42 @@ def test_attack_end_to_end(workplace, capsys):
     assert not list(workplace.rglob("*.tmp"))
 
 
+def test_t_o_is_kept_and_read_again(workplace, capsys):
+    """The U-Net's checkpoint gives the same trigger; its controls stand in the same row; Fig. 5's images are kept."""
+    first = attack("--v-thr-a", "1.1", "--n-o", "60", "--epochs-o", "2")
+    second = attack("--v-thr-a", "1.1", "1.2", "--n-o", "60", "--epochs-o", "2")
+    row = first["rows"][0]
+    if first["runs"][0]["t_o"]["n_blended"]:
+        assert {"asr_o", "asr_o_clean_model", "l2_o", "linf_o", "psnr_o", "l2_p", "asr_p_faded"} <= set(row)
+        assert np.load("results/digits/triggers.npz", allow_pickle=False)["t_o"].shape[1:] == (16, 16, 3)
+    assert second["rows"][0] == row and second["runs"][0]["t_o"] == first["runs"][0]["t_o"]
+
+
+def test_studies_and_report(workplace):
+    attack("--v-thr-a", "1.1", "--n-o", "40", "--epochs-o", "1")
+    for study in badsnn.STUDIES:
+        try:
+            badsnn.main(["ablate", "--study", study, *TINY, "--n-o", "40", "--epochs-o", "1"])
+        except SystemExit:
+            assert study == "magnitude"                     # a network this small may leave nothing to blend
+    rows = json.loads(Path("results/digits/threshold.json").read_text())["rows"]
+    assert len(rows) == 33 and rows[0]["spikes"] > rows[-3]["spikes"] > 0       # a higher threshold, fewer spikes
+    Path("README.md").write_text("before <!-- table1 -->old<!-- /table1 --> after")
+    badsnn.main(["report"])
+    text = Path("README.md").read_text()
+    assert "**digits**" in text and "old" not in text and text.startswith("before") and text.endswith("after")
+    assert Path("results/digits/attack.png").stat().st_size > 10_000 and Path("results/digits/threshold.png").exists()
+
+
+def test_readme_table_is_what_results_say():
+    """The README's tables are those that `report` makes from the committed results."""
+    readme = (ROOT / "README.md").read_text()
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(ROOT.glob("results/*/attack.json"))}
+    assert badsnn.table1(found) in readme
+    if (ROOT / "results/benchmark.json").exists():
+        assert badsnn.benchmark_table(json.loads((ROOT / "results/benchmark.json").read_text())) in readme
+
+
 def test_attack_on_events(workplace):
     badsnn.main(["attack", "--dataset", "ndigits", *TINY, "--v-thr-a", "1.1"])
     row = json.loads(Path("results/ndigits/attack.json").read_text())["rows"][0]
@@ -62,12 +98,12 @@ def test_resumed_equals_uninterrupted(workplace, monkeypatch):
     data, a = prepared("--runs", "whole", "--epochs", "3")
     whole = badsnn.train("backdoored model", data, a, dual=True).state_dict()
     a.runs = Path("parts")
-    save = badsnn.save_checkpoint
+    save = badsnn.write_checkpoint
 
     def save_then_die(*args):
         save(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(badsnn, "save_checkpoint", save_then_die)
+    monkeypatch.setattr(badsnn, "write_checkpoint", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         badsnn.train("backdoored model", data, a, dual=True)
     monkeypatch.undo()
@@ -178,7 +214,8 @@ def refused(capsys, *arguments):
     (["--target", "10"], "--target"), (["--target", "-1"], "--target"), (["--epochs", "0"], "--epochs"), (["--lr", "0"], "--lr"),
     (["--batch-size", "x"], "invalid int"), (["--n-train", "99999"], "only"), (["--model", "nmnist_net"], "holds images"),
     (["--dataset", "own.npz"], "no such file"), (["--device", "tpu9"], "not usable"), (["--resume", "--fresh"], "exclude"),
-    (["--nonsense"], "unrecognized")])
+    (["--nonsense"], "unrecognized"), (["--lambdas", "1", "2"], "expected 3"), (["--lambdas", "1", "2", "-1"], "--lambdas"),
+    (["--v-thr-o", "0"], "v_thr"), (["--magnitude", "-1"], "--magnitude")])
 def test_refuses(workplace, capsys, arguments, message):
     assert message in refused(capsys, "attack", *arguments)
 
@@ -187,6 +224,13 @@ def test_refuses_cuda_without_one(workplace, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert "--device cuda is not usable here" in refused(capsys, "attack", "--device", "cuda")
+
+
+def test_refuses_unknown_study_and_missing_results(workplace, capsys):
+    assert "invalid choice" in refused(capsys, "ablate", "--study", "everything")
+    badsnn.datasets.load("ndigits", "data")
+    assert "holds events" in refused(capsys, "ablate", "--study", "threshold", "--dataset", "ndigits")
+    assert "no attack.json" in refused(capsys, "report")
 
 
 def test_refuses_unknown_command(workplace, capsys):

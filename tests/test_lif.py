@@ -146,6 +146,14 @@ def test_a_higher_threshold_never_fires_more():
     assert all((a >= b).all() for a, b in zip(counts, counts[1:])) and counts[0].sum() > counts[-1].sum()
 
 
+def test_uncompiled_is_the_same(monkeypatch):
+    """Where there is no C++ compiler the same functions run as plain PyTorch."""
+    s, g = fused_and_reference((4, 3, 8, 5, 5))[0]
+    monkeypatch.setattr("lif.compiled.enabled", False)
+    s_plain, g_plain = fused_and_reference((4, 3, 8, 5, 5))[0]
+    assert torch.equal(s, s_plain) and torch.allclose(g, g_plain, atol=1e-6)
+
+
 def test_no_state_between_calls():
     lif, x = LIF(), torch.randn(4, 2, 8)
     assert torch.equal(lif(x), lif(x))
