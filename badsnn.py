@@ -52,7 +52,7 @@ IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
     "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0)),
-    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True),
+    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, lambdas=(1.0, 1.0, 1.0), epochs_o=16),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8),
     "nmnist": EVENTS,
@@ -514,19 +514,20 @@ def figure_attack(r, path):
     """CA and the shares predicted as the target, against the deployed threshold. Distinct in grey: line style and marker."""
     plt = pyplot()
     v = [row["v_thr"] for row in r["rows"]]
-    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.3), layout="constrained")
     control = ("asr_p_renormalized", "ASR_p, re-normalised") if r["q"] else ("asr_clip_only", "clip alone")
     lines = [("ca", "CA", "o-", "black"), ("target_rate", "target_rate (no trigger)", "s:", "0.45"), ("asr_p", "ASR_p", "^-", "tab:red"),
              (*control, "v--", "tab:orange"),
-             ("asr_p_clean_model", "ASR_p on the clean model", "x--", "tab:blue"), ("asr_o", "ASR_o", "D-", "tab:green")]
+             ("asr_p_clean_model", "ASR_p on the clean model", "x--", "tab:blue"), ("asr_o", "ASR_o", "D-", "tab:green"),
+             ("asr_o_clean_model", "ASR_o on the clean model", "+-.", "darkgreen")]
     for key, label, style, color in lines:
-        if r["rows"][0][key] is not None:
+        if r["rows"][0].get(key) is not None:
             axis.plot(v, [row[key] for row in r["rows"]], style, color=color, label=label, markersize=5)
     axis.set(xlabel="deployed threshold V_a", ylabel="percent of test samples", ylim=(-3, 103), xticks=v,
              title=f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples")
     if r["chosen"]:
-        axis.axvline(r["chosen"], color="0.8", zorder=0, linewidth=6)
-    axis.legend(fontsize=7, framealpha=0.9)
+        axis.axvline(r["chosen"], color="0.88", zorder=0, linewidth=10, label="chosen V_a")
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

@@ -304,7 +304,7 @@ with badsnn.processes(a):
 
 def torchrun(n, script, *arguments, timeout=150):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=dict(os.environ, OMP_NUM_THREADS="1", BADSNN_COMPILE="0"))
 
 
 def test_two_processes_train_the_same_model(workplace):
