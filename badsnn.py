@@ -48,10 +48,10 @@ T_O_SETTINGS = ("v_thr_o", "adversarial_setting", "lambdas", "epochs_o", "n_o")
 # Table 1's settings per data set, then ours (the paper gives no epochs, learning rates or q). `seeds` runs are averaged.
 IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0, epochs=30, batch_size=128, lr=0.1,
               optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1,
-              lambdas=(1.0, 0.1, 1.0), epochs_o=8)
+              lambdas=(1.0, 0.1, 1.0), epochs_o=8, margin=8.0)
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
-    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0)),
+    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0), margin=4.0),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, lambdas=(1.0, 1.0, 1.0), epochs_o=16),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8),
@@ -228,7 +228,9 @@ def attack(data, a):
     path = a.results / result_name(data.name) / "attack.json"
     done = finished_result(path, dict(settings(data, a), v_thr_a=a.v_thr_a, tau_a=a.tau_a)) if a.resume else None
     if done:
+        done.update(margin=a.margin, chosen=choose(done["rows"], done["base_ca"], a.margin))
         print_attack(done)
+        write_json(path, done)
         say(f"finished earlier, read from {path}; --fresh runs it again")
         return
     started, runs = time.time(), []
@@ -494,7 +496,7 @@ def table1(found):
         r = found[name]
         clean, base, paper = PAPER.get(name, (None, None, {}))
         sizes = (f"{r['model']} width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, "
-                 f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, {r['seconds'] / 60:.0f} min")
+                 f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, {r['seconds'] / 60:.0f} min")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
         lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | {theirs} |")
         for row in r["rows"]:
@@ -777,7 +779,7 @@ OPTIONS = {      # flag, type, default (None: the preset), help
                ("--epochs-o", int, None, "epochs of T_o's U-Net"),
                ("--n-o", int, 600, "training images that T_o learns from"),
                ("--magnitude", float, 1.0, "factor on T_o's output"),
-               ("--margin", float, 5.0, "the chosen V_a may cost so many points of CA"),
+               ("--margin", float, None, "the chosen V_a may cost so many points of CA"),
                ("--malicious-rows", int, None, "malicious samples per step"),
                ("--malicious-weight", float, None, "weight of their loss"),
                ("--warmup", int, None, "epochs before the first malicious sample")],
