@@ -496,7 +496,8 @@ def table1(found):
         r = found[name]
         clean, base, paper = PAPER.get(name, (None, None, {}))
         sizes = (f"{r['model']} width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, "
-                 f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, {r['seconds'] / 60:.0f} min")
+                 f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, "
+                 f"{r['seconds'] / 60:.0f} min")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
         lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | {theirs} |")
         for row in r["rows"]:

@@ -103,10 +103,9 @@ def test_resumed_equals_uninterrupted(workplace, monkeypatch):
     def save_then_die(*args):
         save(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(badsnn, "write_checkpoint", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(badsnn, "write_checkpoint", save_then_die)
         badsnn.train("backdoored model", data, a, dual=True)
-    monkeypatch.undo()
     resumed = badsnn.train("backdoored model", data, a, dual=True).state_dict()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     again = badsnn.train("backdoored model", data, a, dual=True).state_dict()        # finished: read, not trained
