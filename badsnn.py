@@ -490,8 +490,8 @@ def report(a):
 
 def table1(found):
     """Markdown: one row per data set and V_a, ours beside the paper's."""
-    lines = ["| data, network | V_a | CA | target_rate | ASR_p | ASR_p, clean model | ASR_o | paper: CA / ASR_p / ASR_o |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| data, network | V_a | CA | target_rate | ASR_p | ASR_p, clean model | ASR_o | ASR_o, clean model "
+             "| paper: CA / ASR_p / ASR_o |", "|---|---|---|---|---|---|---|---|---|"]
     for name in sorted(found, key=list(PRESETS).index if set(found) <= set(PRESETS) else None):
         r = found[name]
         clean, base, paper = PAPER.get(name, (None, None, {}))
@@ -499,9 +499,10 @@ def table1(found):
                  f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, "
                  f"{r['seconds'] / 60:.0f} min")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
-        lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | {theirs} |")
+        lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | {theirs} |")
         for row in r["rows"]:
-            cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row["asr_o"]]
+            cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row["asr_o"],
+                     row.get("asr_o_clean_model")]
             theirs = " / ".join(percent(v, 1) for v in paper[row["v_thr"]]) if row["v_thr"] in paper else ""
             lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {cells[0]:.2f} | "
                          + " | ".join(percent(c, 1) for c in cells[1:]) + f" | {theirs} |")

@@ -34,7 +34,7 @@ elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     "$python" badsnn.py attack --dataset "$dataset" "$@"
     "$python" badsnn.py report
 else
-    echo "Training and attacking spiking networks on digits and ndigits: about 6 minutes on 2 cores."
+    echo "Training and attacking spiking networks on digits and ndigits: about 7 minutes on 2 cores."
     for dataset in digits ndigits; do
         "$python" badsnn.py attack --dataset "$dataset" "$@"
     done

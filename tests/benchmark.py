@@ -1,6 +1,6 @@
 """How fast is the neuron, and the whole training step, beside other people's? Run by hand; pytest does not collect it.
 
-    pip install --no-deps spikingjelly snntorch norse sinabs torchattacks     # referees, each optional
+    pip install --no-deps spikingjelly loguru snntorch norse nir nirtorch sinabs pbr torchattacks      # referees, each optional
     python tests/benchmark.py                                                 # writes results/benchmark.json
 
 Everything is measured interleaved in one run (machines are noisy, ratios less so); medians of at least 9. First it checks
