@@ -28,15 +28,15 @@ def test_the_papers_sizes(name, parameters, convs, neuron_layers, macs):
 def test_resnet19_layer_by_layer():
     """The network against the same weights applied with torch.nn.functional and lif_reference."""
     torch.manual_seed(0)
-    model, x = build_model("resnet19", 5, T=3, width=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)).eval(), torch.rand(2, 3, 16, 16)
+    model, x = build_model("resnet19", 5, T=3, width=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)), torch.rand(2, 3, 16, 16)
 
     def steps(f, s):
         return torch.stack([f(frame) for frame in s])
 
     with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.2, 0.6)
+        for _ in range(50):
+            model(x)                                        # fills BatchNorm's running statistics
+        model.eval()
         current = model.bn(model.conv((x - model.mean) / model.std))
         s = lif_reference(torch.stack([current] * 3))
         for block in [b for stage in model.stages for b in stage]:
