@@ -88,7 +88,8 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
     x, total, success = x.detach(), torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with frozen(model):
         with torch.no_grad():
-            ranked = model(x).topk(min(num_classes, model(x[:1]).shape[1])).indices        # [B, K], the answer first
+            logits = model(x)
+            ranked = logits.topk(min(num_classes, logits.shape[1])).indices                 # [B, K], the answer first
         if target is not None:
             ranked = torch.stack([ranked[:, 0], torch.full_like(ranked[:, 0], target)], 1)
             success |= ranked[:, 0] == target
