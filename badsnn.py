@@ -9,7 +9,9 @@ changed and no label either. The victim checks the accuracy, then uses the netwo
     3. trigger  a simple transformation of the input                                  Eqs. 3-7    trigger.py
 
     python badsnn.py attack --dataset digits        Table 1's row of a data set, with the controls that the paper lacks
-    python badsnn.py --help                         everything else
+    python badsnn.py defend --dataset digits        Table 2's rows: five attacks, five defences, and the one that costs nothing
+    python badsnn.py ablate --study threshold       Figs. 2, 3, 4 and 6
+    python badsnn.py report                         figures and the README's tables from results/
 
 Metrics, in percent. CA: accuracy on clean test samples. ASR: share of triggered test samples predicted as the target.
 target_rate: the same share without any trigger. Both leave out samples whose true class is the target, and an ASR means
@@ -17,9 +19,12 @@ nothing without the CA and the target_rate of the same setting. Base CA: CA at S
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import hashlib
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -36,10 +41,26 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import data as datasets
+import defenses
 from data import augment, poison_indices
-from lif import check_setting, count_spikes, neurons
-from models import NEURONS, WIDTHS, build_model
-from trigger import UNet, check_trigger, deepfool, frozen, optimized_trigger, power_trigger, spike_trigger, train_unet, wanted_perturbations
+from lif import LIF, check_setting, count_spikes, neurons
+from models import NEURONS, WIDTHS, build_model, frozen
+from trigger import (
+    UNet,
+    badnets,
+    blend,
+    check_trigger,
+    clean_label,
+    deepfool,
+    optimized_trigger,
+    pgd,
+    power_trigger,
+    spike_trigger,
+    train_unet,
+    wanet,
+    wanet_field,
+    wanted_perturbations,
+)
 
 V_THR_N, TAU_N = 1.0, 0.5                                        # S_n, the nominal setting (Sec. 4.1)
 
@@ -48,13 +69,13 @@ T_O_SETTINGS = ("v_thr_o", "adversarial_setting", "lambdas", "epochs_o", "n_o")
 # Table 1's settings per data set, then ours (the paper gives no epochs, learning rates or q). `seeds` runs are averaged.
 IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0, epochs=30, batch_size=128, lr=0.1,
               optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1,
-              lambdas=(1.0, 0.1, 1.0), epochs_o=8, margin=8.0)
+              lambdas=(1.0, 0.1, 1.0), epochs_o=8, margin=8.0, v_thr_d=1.1)
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
     "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0), margin=4.0),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, lambdas=(1.0, 1.0, 1.0), epochs_o=16),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
-    "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8),
+    "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8, v_thr_d=1.2),
     "nmnist": EVENTS,
     "ndigits": dict(EVENTS, poison_ratio=0.05, epochs=15, seeds=3),
 }
@@ -63,13 +84,18 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------------------
 # Training
 
-def train(name, data, a, dual=False):
-    """Trains a network on data.x_train: nominal samples only, or (dual=True) dual-spike training, Eq. 2. Returns the model.
+def train(data, a, attack=None):
+    """Trains a network on data.x_train and returns it. attack: None for a clean model, "badsnn" for dual-spike training (Eq. 2), or
+    one of BASELINES, which poison the data.
 
     a: the settings (see get_args). One row per epoch is printed. After every epoch a checkpoint is written to
     a.runs/DATASET/; if one with the same settings is there, training goes on where it stopped, or is skipped.
     """
+    name = {None: "clean model", "badsnn": "backdoored model"}.get(attack, f"{attack} model")
+    dual = attack == "badsnn"
     model = fresh_model(data, a)
+    if attack == "wanet":
+        model.register_buffer("field", wanet_field(data.x_train.shape[2:], seed=a.seed).to(a.device))      # saved with the weights
     malicious = poison_indices(data.y_train, a.target, a.poison_ratio, a.seed) if dual else None
     steps_per_epoch = max(1, len(data.y_train) // a.batch_size)
     if a.optimizer == "sgd":
@@ -79,7 +105,8 @@ def train(name, data, a, dual=False):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=a.epochs * steps_per_epoch,
                                                    pct_start=0.15, cycle_momentum=False)
 
-    config = training_config(name, data, a, dual, model)
+    reference = train(data, a) if attack == "clean_label" else None
+    config = training_config(name, data, a, attack, model, reference)
     path = checkpoint_path(config, a)
     history = []
     if a.resume and path.exists():
@@ -88,18 +115,20 @@ def train(name, data, a, dual=False):
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history = state["history"]
+    model.history = history      # the rows that are printed
     if len(history) == a.epochs:
         say(f"{name}, seed {a.seed}: finished earlier, read from {path}")
         return model
+    x_train, y_train, n_poison = poison(data, a, attack, reference)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{name}, seed {a.seed}: {a.model}, width {a.width}, T = {a.T}, {parameters:,} parameters, {len(data.y_train):,} samples"
-        + (f", of them {len(malicious)} of class {a.target} malicious" if dual else "")
+        + (f", of them {len(malicious)} of class {a.target} malicious" if dual else n_poison)
         + (f"; resumed after epoch {len(history)}" if history else ""))
     say(f"{'epoch':>9} {'loss':>7} {'acc':>6} {'mal_acc':>7} {'CA':>6} {'target_rate':>11} {'sec':>6} {'ETA':>6}")
 
     rank, ranks = rank_and_ranks()
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    x_train, y_train = data.x_train.to(a.device), data.y_train.to(a.device)
+    x_train, y_train = x_train.to(a.device), y_train.to(a.device)
     monitor = SimpleNamespace(**{**vars(data), "x_test": data.x_test[:1000], "y_test": data.y_test[:1000]})
     for epoch in range(len(history), a.epochs):
         # every epoch draws from its own generators: a resumed run is the run that was never interrupted
@@ -122,6 +151,8 @@ def train(name, data, a, dual=False):
             n = len(rows)
             rows = torch.cat([rows, drawn]).to(a.device)
             x, y = x_train[rows], y_train[rows]
+            if attack == "wanet":
+                x, y = wanet_batch(x, y, a, model.field, local)
             if a.augment:
                 x = augment(x, a.pad, a.flip, local)
             # 2. ONE forward pass over both: every sample has its own neuron setting, S_n or S_t
@@ -154,6 +185,53 @@ def train(name, data, a, dual=False):
         write_checkpoint(path, dict(config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                     schedule=schedule.state_dict(), history=history))
     return model
+
+
+# Table 2's other attacks. They poison a share (--baseline-ratio) of ALL training samples; the network always runs at S_n.
+BASELINES = {"badnets": lambda model, seed: badnets,
+             "blend": lambda model, seed: partial(blend, seed=seed),
+             "wanet": lambda model, seed: partial(wanet, field=model.field),
+             "clean_label": lambda model, seed: clean_label}
+
+
+def poison(data, a, attack, reference):
+    """The training set of a baseline attack: x, y (uint8, int64) and a sentence for the log. Other attacks get it unchanged.
+
+    BadNets and Blended mark samples of any class and relabel them as the target. Clean-label marks samples of the target class only,
+    after PGD against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet: see wanet_batch.
+    # differs from the sources: PGD's reference is our clean spiking network, not an adversarially trained ResNet-18
+    """
+    x, y, count = data.x_train, data.y_train, round(a.baseline_ratio * len(data.y_train))
+    if attack not in BASELINES or attack == "wanet":
+        return x, y, f", of every batch {100 * a.baseline_ratio:g} % warped, twice as many as noise" if attack == "wanet" else ""
+    candidates, about = torch.arange(len(y)), f", of them {count} poisoned"
+    if attack == "clean_label":
+        candidates = (y == a.target).nonzero().flatten()
+        about = f", of them {count} of class {a.target} poisoned"
+        if count > len(candidates):     # 5 % of the whole set may be more than there are of the target class
+            count = max(1, round(a.baseline_ratio * len(candidates)))
+            about = f", of them {count} poisoned: {100 * a.baseline_ratio:g} % of class {a.target}, too small for that share of the set"
+    chosen = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(a.seed))[:count]]
+    images = to_float(x[chosen].to(a.device), a)
+    if attack == "clean_label":
+        parts = zip(images.split(128), y[chosen].to(a.device).split(128))
+        images = torch.cat([pgd(reference, part, labels, seed=a.seed + i) for i, (part, labels) in enumerate(parts)])
+    marked = BASELINES[attack](reference, a.seed)(images)
+    x, y = x.clone(), y.clone()
+    x[chosen], y[chosen] = marked.mul(255).round().byte().cpu(), a.target
+    return x, y, about
+
+
+def wanet_batch(x, y, a, field, generator):
+    """WaNet's poisoning of one batch (x uint8, y): a share is warped and relabelled, twice as many are warped with extra noise
+    and keep their label, so that only the exact field means the target."""
+    expected = a.baseline_ratio * len(x)      # small batches: rounded up or down at random, right on average
+    n = int(expected + torch.rand((), generator=generator).item())
+    noise = torch.rand(min(2 * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1
+    images = to_float(x[:n + len(noise)], a)
+    warped = torch.cat([wanet(images[:n], field), wanet(images[n:], field, noise=noise)])
+    x = torch.cat([warped.mul(255).round().byte(), x[n + len(noise):]])
+    return x, torch.cat([torch.full_like(y[:n], a.target), y[n:]])
 
 
 def fresh_model(data, a):
@@ -236,8 +314,8 @@ def attack(data, a):
     started, runs = time.time(), []
     for seed in range(a.seed, a.seed + a.seeds):
         b = SimpleNamespace(**{**vars(a), "seed": seed})
-        clean = train("clean model", data, b)
-        backdoored = train("backdoored model", data, b, dual=True)
+        clean = train(data, b)
+        backdoored = train(data, b, "badsnn")
         generator, about_t_o = (None, None) if data.events else train_trigger(backdoored, data, b)
         if generator is not None and rank_and_ranks()[0] == 0:
             save_examples(generator, data, b)
@@ -399,23 +477,143 @@ def percent(value, width=6):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# defend: Table 2
+
+DEFENSES = {"none": lambda model, x, y, **more: model,
+            "fine_tune": defenses.fine_tune,
+            "clp": lambda model, x, y, **more: defenses.clp(model),
+            "anp": defenses.anp,
+            "tsbd": defenses.tsbd,
+            "nad": defenses.nad,
+            "restore": lambda model, x, y, **more: defenses.restore(model)}
+
+
+def defend(data, a):
+    """Every attack against every defence, on one seed; writes defend.json. Finished cells are kept in runs/ and not run again.
+
+    BadSNN is deployed at S_a = (v_thr_d, tau_a), the baselines at S_n; a defence sees the network as it is deployed. The defender
+    holds a share of the TEST set, which is never scored: the paper's 5 %, or as much as gives 10 images per class.
+    """
+    if data.events:
+        raise ValueError(f"defend is about images, as Table 2 is, and {a.dataset} holds events")
+    if rank_and_ranks()[1] > 1:
+        raise ValueError("defend runs in one process; its models can be trained by several with attack")
+    started, n = time.time(), len(data.y_test)
+    held = min(n // 2, max(math.ceil(0.05 * n), 10 * data.num_classes))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(a.seed))
+    x, y = to_float(data.x_test[order[:held]].to(a.device), a), data.y_test[order[:held]].to(a.device)
+    scored = SimpleNamespace(**{**vars(data), "x_test": data.x_test[order[held:]], "y_test": data.y_test[order[held:]]})
+    clean, rows, detectors = train(data, a), [], []
+    for attack in ("badsnn", *BASELINES):
+        model = train(data, a, attack)
+        model, triggers = deployed(attack, model, data, a)
+        say(f"\n{attack}, deployed at v_thr {a.v_thr_d if attack == 'badsnn' else V_THR_N:g}; the defender has {held} of {n} test images\n"
+            f"{'defense':>10} {'CA':>6} {'target_rate':>11} {'ASR':>6} {'ASR_p':>6} {'sec':>6}")
+        for defense in DEFENSES:
+            row = kept_cell(f"{attack}-{defense}", [model, x, *triggers.values()], a,
+                            lambda: defend_cell(attack, defense, model, clean, triggers, x, y, scored, a))
+            undefended = row if defense == "none" else rows[-list(DEFENSES).index(defense)]
+            row["destroyed"] = row["ca"] < undefended["ca"] / 2
+            rows.append(row)
+            say(f"{defense:>10} {row['ca']:6.1f} {row['target_rate']:11.1f} {row['asr']:6.1f} {percent(row['asr_p'])} {row['seconds']:6.1f}"
+                + "  destroyed: CA below half of the undefended" * row["destroyed"])
+        for name, trigger in triggers.items():
+            detectors.append(kept_cell(f"{attack}-{name}-detectors", [model, x, trigger], a,
+                                       lambda: detect(attack, name, model, trigger, x, scored, a)))
+            say(f"{'detectors':>10} {name}: AUROC of STRIP {detectors[-1]['strip_auroc']:.3f}, of the spike count "
+                f"{detectors[-1]['spikes_auroc']:.3f} ({detectors[-1]['spikes_clean']:,.0f} spikes, triggered "
+                f"{detectors[-1]['spikes_triggered']:,.0f})")
+    say("\nASR: T_o's for badsnn (ASR_p: T_p's). ASR and target_rate: percent predicted as the target, with and without the trigger.")
+    write_json(a.results / result_name(data.name) / "defend.json",
+               dict(settings(data, a), v_thr_d=a.v_thr_d, tau_a=a.tau_a, baseline_ratio=a.baseline_ratio, n_defender=held,
+                    clean_ca=evaluate(clean, scored, a, V_THR_N, TAU_N)["ca"], rows=rows, detectors=detectors,
+                    seconds=round(time.time() - started, 1)))
+
+
+def deployed(attack, model, data, a):
+    """The attacked model as it is shipped, its neurons at the deployed setting, and its triggers by name, the reported one first."""
+    if attack != "badsnn":
+        return model.eval(), {attack: BASELINES[attack](model, a.seed)}
+    generator, _ = train_trigger(model, data, a)
+    triggers = {"T_p": main_triggers(data, a)["asr_p"]}
+    if generator is not None:
+        triggers = {"T_o": partial(optimized_trigger, generator=generator, target=a.target, magnitude=a.magnitude), **triggers}
+    with neurons(model, a.v_thr_d, a.tau_a):
+        return copy.deepcopy(model).eval(), triggers
+
+
+def defend_cell(attack, defense, model, clean, triggers, x, y, scored, a):
+    """One cell of Table 2: repairs the model with the defender's images x, y and scores it at its own neuron setting."""
+    started = time.time()
+    shift = partial(augment, pad=a.pad, flip=a.flip, generator=torch.Generator().manual_seed(a.seed)) if a.augment else None
+    with torch.autocast(a.device.type, torch.bfloat16, enabled=a.amp, cache_enabled=False):    # weights change, so no cache of them
+        repaired = DEFENSES[defense](model, x, y, augment=shift, seed=a.seed)
+    v_thr, tau = (a.v_thr_d, a.tau_a) if attack == "badsnn" and defense != "restore" else (V_THR_N, TAU_N)
+    rates = {name: asr(repaired, scored, a, None, None, trigger) for name, trigger in triggers.items()}
+    row = dict(attack=attack, defense=defense, trigger=next(iter(rates)), v_thr=v_thr, tau=tau, **evaluate(repaired, scored, a, None, None),
+               asr=next(iter(rates.values())), asr_p=rates.get("T_p"))
+    if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
+        row["asr_clean_model"] = asr(clean, scored, a, v_thr, tau, next(iter(triggers.values())))
+    return dict(row, seconds=round(time.time() - started, 1))
+
+
+def detect(attack, name, model, trigger, x, scored, a, most=256):
+    """AUROC of both detectors for triggered against clean test images of other classes (0.5: no better than chance)."""
+    from sklearn.metrics import roc_auc_score
+    clean = to_float(scored.x_test[scored.y_test != a.target][:most].to(a.device), a)
+    both, truth = torch.cat([clean, trigger(clean)]), [0] * len(clean) + [1] * len(clean)
+    with autocast(a):
+        scores = dict(strip_auroc=-defenses.strip(model, both, x, seed=a.seed), spikes_auroc=defenses.spike_deviation(model, both, x))
+        with frozen(model):
+            spikes = count_spikes(model, both).chunk(2)
+    return dict(attack=attack, trigger=name, **{key: round(roc_auc_score(truth, score.cpu().numpy()), 4) for key, score in scores.items()},
+                spikes_clean=round(spikes[0].mean().item(), 1), spikes_triggered=round(spikes[1].mean().item(), 1))
+
+
+def kept_cell(name, inputs, a, run):
+    """The result of run(), or what it was when everything that decides it (models, tensors, settings) was the same."""
+    config = dict(name=name, inputs=[fingerprint_of(i) for i in inputs], **{k: getattr(a, k) for k in CELL_SETTINGS})
+    path = checkpoint_path(dict(config, dataset=f"{result_name(a.dataset)}/cells", seed=a.seed), a).with_suffix(".json")
+    if a.resume and path.exists():
+        return json.loads(path.read_text())
+    result = run()
+    write_json(path, result, quiet=True)
+    return result
+
+
+CELL_SETTINGS = ("n_test", "target", "q", "magnitude", "v_thr_d", "tau_a", "pad", "flip", "augment", "amp")
+
+
+def fingerprint_of(thing):
+    """Of a tensor, a network, or a trigger: a function, perhaps with fixed arguments."""
+    if isinstance(thing, torch.Tensor):
+        return fingerprint(thing)
+    if isinstance(thing, torch.nn.Module):
+        return fingerprint(*thing.state_dict().values())
+    return [fingerprint_of(v) if isinstance(v, torch.Tensor | torch.nn.Module) else str(v) for v in getattr(thing, "keywords", {}).values()]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # ablate: the paper's figures, one study each. A study returns rows; figure_STUDY draws them.
 
 def ablate(data, a):
     """Runs one study and writes results/DATASET/STUDY.json."""
     if data.events:
         raise ValueError(f"--study {a.study} is about images, and {a.dataset} holds events")
-    started = time.time()
+    started, path = time.time(), a.results / result_name(data.name) / f"{a.study}.json"
+    wanted = dict(settings(data, a), study=a.study, v_thr_a=a.v_thr_a, v_thr_d=a.v_thr_d, tau_a=a.tau_a)
+    if a.resume and finished_result(path, wanted):
+        say(f"study {a.study}: finished earlier, see {path}; --fresh runs it again")
+        return
     rows = STUDIES[a.study](data, a)
     for row in rows:
         say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-    result = dict(settings(data, a), study=a.study, tau_a=a.tau_a, rows=rows, seconds=round(time.time() - started, 1))
-    write_json(a.results / result["dataset"] / f"{a.study}.json", result)
+    write_json(path, dict(wanted, rows=rows, seconds=round(time.time() - started, 1)))
 
 
 def study_threshold(data, a):
     """Fig. 2: a clean model's accuracy and spikes per sample against v_thr, without and with both readings of T_p."""
-    model = train("clean model", data, a)
+    model = train(data, a)
     readings = {"none": None, "T_p": main_triggers(data, a)["asr_p"], "T_p re-normalised": main_triggers(data, a)["asr_p_renormalized"]}
     return [dict(v_thr=round(v_thr, 2), trigger=name, ca=share(predict(model, data.x_test, a, v_thr, TAU_N, trigger) == data.y_test),
                  spikes=spikes_per_sample(model, data.x_test, a, v_thr, TAU_N, trigger))
@@ -435,7 +633,7 @@ def spikes_per_sample(model, x, a, v_thr, tau, trigger=None):
 
 def study_magnitude(data, a):
     """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output, at v_thr_o; clean model beside it."""
-    clean, backdoored = train("clean model", data, a), train("backdoored model", data, a, dual=True)
+    clean, backdoored = train(data, a), train(data, a, "badsnn")
     generator, _ = train_trigger(backdoored, data, a)
     if generator is None:
         raise ValueError("no training image could be blended into the target, so there is no T_o to scale")
@@ -448,7 +646,53 @@ def study_magnitude(data, a):
     return rows
 
 
-STUDIES = {"threshold": study_threshold, "magnitude": study_magnitude}
+def study_heatmap(data, a):
+    """Fig. 3: CA, target_rate and ASR_p over the deployed (V_a, tau_a), for models trained with a malicious threshold below, just
+    above and far above the nominal one. The paper does not state its tau_t; ours is the preset's."""
+    rows = []
+    for v_thr_t in HEATMAP["v_thr_t"]:
+        b = SimpleNamespace(**{**vars(a), "v_thr_t": v_thr_t})
+        model, trigger = train(data, b, "badsnn"), main_triggers(data, b)["asr_p"]
+        for v_thr, tau in tqdm(list(itertools.product(HEATMAP["v_thr_a"], HEATMAP["tau_a"])), desc=f"v_thr_t {v_thr_t}", disable=None):
+            rows.append(dict(v_thr_t=v_thr_t, tau_t=a.tau_t, v_thr=v_thr, tau=tau, **evaluate(model, data, b, v_thr, tau),
+                             asr_p=asr(model, data, b, v_thr, tau, trigger)))
+    return rows
+
+
+HEATMAP = dict(v_thr_t=(0.8, 1.2, 1.5), v_thr_a=(0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3), tau_a=(0.3, 0.4, 0.5, 0.6, 0.7))
+
+
+def study_poison(data, a):
+    """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, at v_thr_d, every seed by itself: is a jagged curve noise?"""
+    rows = []
+    for seed, poison_ratio in itertools.product(range(a.seed, a.seed + a.seeds), POISON_RATIOS):
+        b = SimpleNamespace(**{**vars(a), "seed": seed, "poison_ratio": poison_ratio})
+        model = train(data, b, "badsnn")
+        rows.append(dict(seed=seed, poison_ratio=poison_ratio, n_poison=len(poison_indices(data.y_train, a.target, poison_ratio, seed)),
+                         v_thr=a.v_thr_d, base_ca=evaluate(model, data, b, V_THR_N, TAU_N)["ca"],
+                         **evaluate(model, data, b, a.v_thr_d, a.tau_a),
+                         asr_p=asr(model, data, b, a.v_thr_d, a.tau_a, main_triggers(data, b)["asr_p"])))
+    return rows
+
+
+POISON_RATIOS = (0.01, 0.02, 0.03, 0.04, 0.05)
+
+
+def study_plif(data, a):
+    """Fig. 6: LIF against PLIF, whose tau is learned, over the deployed thresholds; clean models of the same kind beside them."""
+    rows = []
+    for neuron, seed in itertools.product(NEURONS, range(a.seed, a.seed + a.seeds)):
+        b = SimpleNamespace(**{**vars(a), "seed": seed, "neuron": neuron})
+        clean, model, trigger = train(data, b), train(data, b, "badsnn"), main_triggers(data, b)["asr_p"]
+        learned = [float(torch.as_tensor(m.decay()).detach()) for m in model.modules() if isinstance(m, LIF)]
+        for v_thr in a.v_thr_a:
+            rows.append(dict(neuron=neuron, seed=seed, mean_tau=round(sum(learned) / len(learned), 3), v_thr=v_thr,
+                             **evaluate(model, data, b, v_thr, a.tau_a), asr_p=asr(model, data, b, v_thr, a.tau_a, trigger),
+                             asr_p_clean_model=asr(clean, data, b, v_thr, a.tau_a, trigger)))
+    return rows
+
+
+STUDIES = {"threshold": study_threshold, "heatmap": study_heatmap, "poison": study_poison, "magnitude": study_magnitude, "plif": study_plif}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -470,10 +714,12 @@ def report(a):
         figure_attack(result, a.results / name / "attack.png")
         if (a.results / name / "triggers.npz").exists():
             figure_triggers(a.results / name)
-    for study, draw in (("threshold", figure_threshold), ("magnitude", figure_magnitude)):
-        for path in sorted(a.results.glob(f"*/{study}.json")):
-            draw(json.loads(path.read_text()), path.with_suffix(".png"))
-    tables = {"table1": table1(found)}
+    draw = {"threshold": figure_threshold, "heatmap": figure_heatmap, "poison": figure_poison, "magnitude": figure_magnitude,
+            "plif": figure_plif, "defend": figure_defend}
+    for path in sorted(a.results.glob("*/*.json")):
+        if path.stem in draw:
+            draw[path.stem](json.loads(path.read_text()), path.with_suffix(".png"))
+    tables = {"table1": table1(found), "table2": table2(a.results)}
     if (a.results / "benchmark.json").exists():
         tables["benchmark"] = benchmark_table(json.loads((a.results / "benchmark.json").read_text()))
     if a.readme.exists():
@@ -506,6 +752,46 @@ def table1(found):
             theirs = " / ".join(percent(v, 1) for v in paper[row["v_thr"]]) if row["v_thr"] in paper else ""
             lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {cells[0]:.2f} | "
                          + " | ".join(percent(c, 1) for c in cells[1:]) + f" | {theirs} |")
+    return "\n".join(lines)
+
+
+# Table 2 of the paper: CA / ASR of none, fine-tuning, CLP, ANP, TSBD, NAD
+PAPER_DEFENSES = {
+    "cifar10": {"badsnn": "87.2/82.7 82.3/84.6 83.8/72.6 28.9/98.4 71.3/82.6 87.0/81.9",
+                "badnets": "91.1/100.0 56.7/34.0 92.3/34.9 82.4/19.3 82.1/9.4 60.0/13.1",
+                "blend": "89.9/99.7 84.7/16.9 89.3/99.2 72.9/49.5 85.2/17.7 81.7/8.6",
+                "wanet": "88.2/99.6 77.8/22.5 87.0/99.0 68.4/25.9 87.1/17.3 84.8/15.7",
+                "clean_label": "91.8/43.2 52.5/8.2 93.1/47.0 73.9/29.9 79.9/20.3 67.6/9.4"},
+    "gtsrb": {"badsnn": "87.4/85.0 38.7/1.7 3.3/100.0 11.1/99.8 87.7/85.0 70.1/9.9",
+              "badnets": "87.1/80.8 70.9/2.9 86.6/76.4 65.9/5.3 87.6/3.0 88.4/3.4",
+              "blend": "93.3/96.7 93.5/6.3 93.3/96.7 88.6/80.1 92.1/73.8 90.6/6.9",
+              "wanet": "96.0/99.8 16.5/2.7 96.0/99.8 2.1/0.0 93.5/3.0 31.9/2.9",
+              "clean_label": "67.1/1.0 76.2/3.5 67.1/1.0 49.1/0.9 72.9/4.6 75.5/4.9"},
+    "cifar100": {"badsnn": "61.2/74.2 6.3/16.5 66.7/6.7 1.1/100.0 2.5/53.1 5.9/7.4",
+                 "badnets": "70.5/100.0 9.7/0.5 70.1/98.1 1.1/0.0 5.5/0.1 10.6/0.1",
+                 "blend": "71.1/98.5 11.4/0.0 71.1/90.9 1.1/0.0 5.2/2.6 11.2/0.1",
+                 "wanet": "70.2/95.1 11.2/0.9 70.2/95.2 0.9/4.8 4.6/0.0 10.0/0.8",
+                 "clean_label": "71.8/2.2 6.4/0.1 71.9/2.3 1.0/0.0 4.8/2.3 9.2/0.0"}}
+
+
+def table2(results):
+    """Markdown: CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below."""
+    names = list(DEFENSES)
+    lines = ["| data, attack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for path in sorted(results.glob("*/defend.json"), key=lambda path: [*PRESETS, path.parent.name].index(path.parent.name)):
+        r = json.loads(path.read_text())
+        lines.append(f"| **{r['dataset']}**: {r['model']} width {r['width']}, {r['n_train']:,} samples, seed {r['seed']}, BadSNN at V_a "
+                     f"{r['v_thr_d']:g}, the defender has {r['n_defender']} images, clean model {r['clean_ca']:.1f}, "
+                     f"{r['seconds'] / 60:.0f} min"
+                     + " |" * (len(names) + 1))
+        for attack in ("badsnn", *BASELINES):
+            rows = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
+            cells = [f"{row['ca']:.1f} / {row['asr']:.1f} / {row['target_rate']:.1f}" + " †" * row["destroyed"]
+                     for row in map(rows.get, names)]
+            lines.append(f"| {attack} ({rows['none']['trigger']}) | " + " | ".join(cells) + " |")
+            if r["dataset"] in PAPER_DEFENSES:
+                theirs = PAPER_DEFENSES[r["dataset"]][attack].split()
+                lines.append("| *paper* | " + " | ".join(f"*{cell.replace('/', ' / ')}*" for cell in theirs) + " | |")
     return "\n".join(lines)
 
 
@@ -586,13 +872,104 @@ def figure_magnitude(r, path):
     save_figure(figure, path)
 
 
+def figure_heatmap(r, path):
+    """Fig. 3: CA, target_rate and ASR_p over (V_a, tau_a), one line of maps per malicious threshold."""
+    plt = pyplot()
+    v_thr_t, v, tau = (sorted({row[key] for row in r["rows"]}) for key in ("v_thr_t", "v_thr", "tau"))
+    cells = {(row["v_thr_t"], row["v_thr"], row["tau"]): row for row in r["rows"]}
+    figure, axes = plt.subplots(len(v_thr_t), 3, figsize=(10, 2.3 * len(v_thr_t)), layout="constrained", sharex=True, sharey=True)
+    for line, malicious in zip(axes, v_thr_t):
+        for axis, (key, title) in zip(line, (("ca", "CA"), ("target_rate", "target_rate (no trigger)"), ("asr_p", "ASR_p"))):
+            values = np.array([[cells[malicious, x, y][key] for x in v] for y in tau])
+            axis.imshow(values, cmap="Greys", vmin=0, vmax=130, origin="lower", aspect="auto")
+            for (i, j), value in np.ndenumerate(values):
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 75 else "black")
+            axis.set(xticks=range(len(v)), xticklabels=[f"{x:g}" for x in v], yticks=range(len(tau)), yticklabels=[f"{y:g}" for y in tau],
+                     title=f"{title}, %: V_t = {malicious:g}")
+            axis.tick_params(length=0)
+        line[0].set_ylabel("deployed tau_a")
+    for axis in axes[-1]:
+        axis.set_xlabel("deployed threshold V_a")
+    figure.suptitle(f"{r['dataset']}: {r['model']}, width {r['width']}, tau_t {r['tau_t']:g}, q {r['q']:g}, seed {r['seed']}", fontsize=9)
+    save_figure(figure, path)
+
+
+def figure_poison(r, path):
+    """Fig. 4a: CA, target_rate and ASR_p against the poison ratio; a point per seed, a line through the means."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    ratios = sorted({row["poison_ratio"] for row in r["rows"]})
+    for key, label, style, color in (("ca", "CA", "o-", "black"), ("target_rate", "target_rate (no trigger)", "s:", "0.45"),
+                                     ("asr_p", "ASR_p", "^-", "tab:red")):
+        axis.plot(100 * np.array([row["poison_ratio"] for row in r["rows"]]), [row[key] for row in r["rows"]], style[0], color=color,
+                  alpha=0.35, markersize=4)
+        means = [np.mean([row[key] for row in r["rows"] if row["poison_ratio"] == p]) for p in ratios]
+        axis.plot(100 * np.array(ratios), means, style, color=color, label=label, markersize=6)
+    axis.set(xlabel="poison ratio, % of the target class", ylabel="percent of test samples", ylim=(-3, 103), xticks=100 * np.array(ratios),
+             title=f"{r['dataset']}, V_a = {r['rows'][0]['v_thr']:g}: mean of {r['seeds']} seed{'s' * (r['seeds'] > 1)}, pale: each")
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)
+
+
+def figure_plif(r, path):
+    """Fig. 6: LIF beside PLIF over the deployed threshold, means over seeds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3), layout="constrained", sharey=True)
+    v = sorted({row["v_thr"] for row in r["rows"]})
+    for axis, neuron in zip(axes, NEURONS):
+        rows = [row for row in r["rows"] if row["neuron"] == neuron]
+        for key, label, style, color in (("ca", "CA", "o-", "black"), ("target_rate", "target_rate (no trigger)", "s:", "0.45"),
+                                         ("asr_p", "ASR_p", "^-", "tab:red"),
+                                         ("asr_p_clean_model", "ASR_p, clean model", "x--", "tab:blue")):
+            means = [np.mean([row[key] for row in rows if row["v_thr"] == x]) for x in v]
+            axis.plot(v, means, style, color=color, label=label, markersize=5)
+        axis.set(xlabel="deployed threshold V_a", ylim=(-3, 103), xticks=v,
+                 title=f"{r['dataset']}, {neuron.upper()}, mean tau {np.mean([row['mean_tau'] for row in rows]):.2f}")
+    axes[0].set_ylabel(f"percent, mean of {r['seeds']} seed{'s' * (r['seeds'] > 1)}")
+    axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)
+
+
+def figure_defend(r, path):
+    """Table 2 as a picture: CA and ASR of every attack after every defence; below, what two detectors see."""
+    plt = pyplot()
+    attacks, names = ["badsnn", *BASELINES], list(DEFENSES)
+    figure, axes = plt.subplots(1, len(attacks) + 1, figsize=(12.5, 2.9), layout="constrained", width_ratios=[1] * len(attacks) + [1.15])
+    place = np.arange(len(names))[::-1]
+    for axis, attack in zip(axes, attacks):
+        rows = [next(row for row in r["rows"] if (row["attack"], row["defense"]) == (attack, name)) for name in names]
+        axis.barh(place + 0.2, [row["ca"] for row in rows], 0.36, color="0.75", label="CA")
+        axis.barh(place - 0.2, [row["asr"] for row in rows], 0.36, color="tab:red", hatch="///", edgecolor="white", label="ASR")
+        axis.plot([row["target_rate"] for row in rows], place - 0.2, "|", color="black", markersize=9, label="target_rate (no trigger)")
+        for y, row in zip(place, rows):
+            if row["destroyed"]:
+                axis.text(101, y, "destroyed", fontsize=7, ha="right", va="center")
+        axis.set(xlim=(0, 101), yticks=place, yticklabels=names if attack == attacks[0] else [], xlabel="percent",
+                 title=f"{attack} ({rows[0]['trigger']})")
+        axis.tick_params(axis="y", length=0)
+    labels = [f"{d['attack']} {d['trigger']}" if d["attack"] == "badsnn" else d["attack"] for d in r["detectors"]]
+    place = np.arange(len(labels))[::-1]
+    axes[-1].axvline(0.5, color="0.8", zorder=0)
+    axes[-1].plot([d["strip_auroc"] for d in r["detectors"]], place, "o", color="black", label="STRIP")
+    axes[-1].plot([d["spikes_auroc"] for d in r["detectors"]], place, "x", color="tab:blue", label="spike count")
+    axes[-1].set(xlim=(-0.03, 1.03), yticks=place, yticklabels=labels, xlabel="AUROC (0.5: chance)", title="detectors, no defence")
+    axes[-1].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(f"{r['dataset']}, seed {r['seed']}", fontsize=9)
+    save_figure(figure, path)
+
+
 def pyplot():
     """matplotlib without a window, imported only where a figure is drawn."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150})
+    plt.rcParams.update(STYLE)
     return plt
+
+
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150}
 
 
 def save_figure(figure, path):
@@ -630,7 +1007,7 @@ def result_name(dataset):
     return Path(dataset).stem
 
 
-def write_json(path, result):
+def write_json(path, result, quiet=False):
     """Writes under a temporary name, then renames: the old file or the new one, never half of one."""
     if rank_and_ranks()[0] != 0:
         return
@@ -638,14 +1015,17 @@ def write_json(path, result):
     part = path.with_name(path.name + ".tmp")
     part.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(part, path)
-    say(f"written: {path}")
+    if not quiet:
+        say(f"written: {path}")
 
 
-def training_config(name, data, a, dual, model):
+def training_config(name, data, a, attack, model, reference):
     """Everything that decides the trained weights, the fresh ones included; a checkpoint is used only if all of it is equal."""
     keys = "model width T neuron epochs batch_size lr optimizer loss augment pad flip seed amp frames".split()
-    keys += "target poison_ratio v_thr_t tau_t malicious_rows malicious_weight warmup".split() if dual else []
-    return dict(name=name, dataset=result_name(data.name), data=fingerprint(data.x_train, data.y_train),
+    keys += "target poison_ratio v_thr_t tau_t malicious_rows malicious_weight warmup".split() if attack == "badsnn" else []
+    keys += ["target", "baseline_ratio"] if attack in BASELINES else []
+    more = {} if reference is None else dict(reference=fingerprint(*reference.state_dict().values()))
+    return dict(more, name=name, dataset=result_name(data.name), data=fingerprint(data.x_train, data.y_train),
                 fresh_weights=fingerprint(*model.state_dict().values()), **{key: getattr(a, key) for key in keys})
 
 
@@ -735,10 +1115,12 @@ def get_args(argv=None):
     parser = Parser(prog="badsnn.py", description="BadSNN: backdoor attacks on spiking neural networks.",
                     epilog="Defaults not shown are the data set's preset, PRESETS in badsnn.py.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, text in (("attack", "Table 1's row of a data set"), ("ablate", "one of the paper's figures")):
+    for name, text in (("attack", "Table 1's row of a data set"), ("defend", "Table 2's rows of a data set"),
+                       ("ablate", "one of the paper's figures")):
         command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name == "ablate":
-            command.add_argument("--study", choices=tuple(STUDIES), required=True, help="Fig. 2: threshold; Fig. 4b: magnitude")
+            command.add_argument("--study", choices=tuple(STUDIES), required=True,
+                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif")
         for group, options in OPTIONS.items():
             group = command.add_argument_group(group)
             for flag, kind, default, text in options:
@@ -781,6 +1163,8 @@ OPTIONS = {      # flag, type, default (None: the preset), help
                ("--epochs-o", int, None, "epochs of T_o's U-Net"),
                ("--n-o", int, 600, "training images that T_o learns from"),
                ("--magnitude", float, 1.0, "factor on T_o's output"),
+               ("--v-thr-d", float, None, "threshold at which defend deploys BadSNN"),
+               ("--baseline-ratio", float, 0.05, "share of the training set that a baseline attack poisons"),
                ("--margin", float, None, "the chosen V_a may cost so many points of CA"),
                ("--malicious-rows", int, None, "malicious samples per step"),
                ("--malicious-weight", float, None, "weight of their loss"),
@@ -806,12 +1190,13 @@ def prepare(a):
     check_setting(a.v_thr_t, a.tau_t)
     check_setting(torch.tensor(a.v_thr_a), a.tau_a)
     check_setting(a.v_thr_o)
+    check_setting(a.v_thr_d)
     if a.lambdas and not all(0 <= v < float("inf") for v in a.lambdas):
         raise ValueError(f"--lambdas must be at least 0, not {a.lambdas}")
     at_least = {"T": 1, "epochs": 1, "batch_size": 1, "width": 1, "seeds": 1, "seed": 0, "n_train": 2, "n_test": 1, "malicious_rows": 1,
                 "malicious_weight": 0, "warmup": 0, "beta": 0, "margin": 0,
                 "epochs_o": 1, "n_o": 1, "magnitude": 0}
-    for name in (*at_least, "q", "lr", "poison_ratio"):
+    for name in (*at_least, "q", "lr", "poison_ratio", "baseline_ratio"):
         value, flag = getattr(a, name), "--" + name.replace("_", "-")
         if value is None:
             continue
@@ -819,7 +1204,7 @@ def prepare(a):
             raise ValueError(f"{flag} must be at least {at_least[name]}, not {value}")
         if name in ("q", "lr") and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be greater than 0, not {value}")
-        if name == "poison_ratio" and not 0 < value <= 1:
+        if name in ("poison_ratio", "baseline_ratio") and not 0 < value <= 1:
             raise ValueError(f"{flag} must lie in (0, 1], not {value}")
     if a.resume and a.fresh:
         raise ValueError("--resume and --fresh exclude each other")
@@ -854,6 +1239,8 @@ def prepare(a):
             keep = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:n].sort().values
             setattr(data, f"x_{part}", x[keep]), setattr(data, f"y_{part}", y[keep])
     poison_indices(data.y_train, a.target, a.poison_ratio, a.seed)      # raises if that is no sample
+    if round(a.baseline_ratio * len(data.y_train)) < 1:
+        raise ValueError(f"--baseline-ratio {a.baseline_ratio} selects none of the {len(data.y_train)} training samples")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     a.batch_size = min(a.batch_size, len(data.y_train) // ranks * ranks)
     if a.batch_size % ranks or a.malicious_rows % ranks:
@@ -893,7 +1280,7 @@ def refuse(error):
     return 2
 
 
-COMMANDS = {"attack": attack, "ablate": ablate}
+COMMANDS = {"attack": attack, "defend": defend, "ablate": ablate}
 
 if __name__ == "__main__":
     main()

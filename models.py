@@ -10,6 +10,8 @@ so they see T * B images; only the neurons connect one step to the next. BatchNo
 Each neuron layer is called as `lif(current, bn, ...)`: BatchNorm and the residual addition happen inside the neuron,
 in the same pass over memory (see lif.py). Results are those of `lif(bn(current) + residual)`.
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -187,3 +189,16 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
         build = resnet19 if name == "resnet19" else vgg16
         model = build(num_classes, T, width, NEURONS[neuron], tuple(mean), tuple(std))
     return model.to(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Eval mode and no gradients for the weights inside the block, then as before: for whatever only looks at the input."""
+    training, needed = model.training, [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield model
+    finally:
+        model.train(training)
+        for p, need in zip(model.parameters(), needed):
+            p.requires_grad_(need)

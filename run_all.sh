@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One command: sets up, runs, tests. Stop it whenever you like; the same command goes on where it stopped.
 #
-#   bash run_all.sh                         digits and ndigits: train, attack, tables and figures
+#   bash run_all.sh                         digits and ndigits: train, attack, defend, every study, tables and figures
 #   bash run_all.sh cifar10 [options]       another data set; options go to badsnn.py attack
 #   bash run_all.sh --epochs 4 [options]    digits and ndigits with options
 #   bash run_all.sh test [options]          the tests; options go to pytest
@@ -26,7 +26,7 @@ fi
 started=$SECONDS
 if [ "${1:-}" = test ]; then
     shift
-    echo "Running the tests: about 3 minutes on 2 cores."
+    echo "Running the tests: about 4 minutes on 2 cores."
     "$python" -m pytest -q tests "$@"
 elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     dataset=$1
@@ -34,9 +34,13 @@ elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     "$python" badsnn.py attack --dataset "$dataset" "$@"
     "$python" badsnn.py report
 else
-    echo "Training and attacking spiking networks on digits and ndigits: about 7 minutes on 2 cores."
+    echo "The whole paper in small, on digits and ndigits: RUNTIME on 2 cores. Stop it whenever you like."
     for dataset in digits ndigits; do
         "$python" badsnn.py attack --dataset "$dataset" "$@"
+    done
+    "$python" badsnn.py defend --dataset digits "$@"
+    for study in threshold magnitude heatmap plif poison; do
+        "$python" badsnn.py ablate --dataset digits --study "$study" "$@"
     done
     "$python" badsnn.py report
 fi

@@ -9,12 +9,14 @@ T_o, the optimised trigger, is a small network trained against the backdoored on
     x, wanted = wanted_perturbations(model, x, q, mean, std, target)    # DeepFool, adaptive blending: Eq. 4
     train_unet(generator, model, x, wanted, target, std)                # Eqs. 5, 6
     x_trig = optimized_trigger(x, generator, target)
-"""
-import contextlib
 
+The triggers of the four baseline attacks are at the end: badnets, blend, wanet, clean_label.
+"""
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from models import frozen
 
 
 def _channels(values, x):
@@ -61,19 +63,6 @@ def check_trigger(x, x_trig):
 # ---------------------------------------------------------------------------------------------------------
 # T_o, the optimised trigger (Sec. 3.3.2): DeepFool finds the nearest wrong answer, blending mixes it with T_p until the
 # network says the target, and a U-Net learns to produce that difference in one pass.
-
-@contextlib.contextmanager
-def frozen(model):
-    """Eval mode and no gradients for the weights inside the block: attacks differentiate with respect to the input only."""
-    training, needed = model.training, [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        yield model
-    finally:
-        model.train(training)
-        for p, need in zip(model.parameters(), needed):
-            p.requires_grad_(need)
-
 
 def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True, target=None, with_success=False):
     """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation that changes the model's answer, batched.
@@ -226,3 +215,69 @@ def train_unet(generator, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0)
 def optimized_trigger(x, generator, target, magnitude=1.0):
     """T_o at inference (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] in [0, 1] -> the same."""
     return (x + magnitude * generator(x, target)).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The baseline attacks' triggers (Table 2). They are learned from poisoned training images, see poison() in badsnn.py.
+
+def badnets(x, size=3):
+    """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner. Images [B, C, H, W] -> the same."""
+    x = x.clone()
+    x[..., -size:, -size:] = 1
+    return x
+
+
+def blend(x, alpha=0.2, seed=0):
+    """Blended (Chen et al. 2017): (1 - alpha) x + alpha * pattern, a fixed pattern of uniform noise drawn from the seed.
+    Images [B, C, H, W] in [0, 1] -> the same."""
+    pattern = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x.device)
+    return (1 - alpha) * x + alpha * pattern
+
+
+def wanet_field(size, k=4, seed=0):
+    """WaNet's smooth displacements for images of size (H, W): [1, H, W, 2], x before y. k x k random vectors, scaled to a mean
+    absolute value of 1, then enlarged."""
+    coarse = torch.rand(1, 2, k, k, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    coarse = coarse / coarse.abs().mean()
+    return F.interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+
+
+def wanet_grid(field, s=0.5, noise=None):
+    """Where WaNet samples the image: the identity moved by s * field (s = 1: half a pixel on average), [B, H, W, 2] in [-1, 1].
+    noise [B, H, W, 2] in [-1, 1], if given, moves every point by up to half a pixel more."""
+    H, W = field.shape[1:3]
+    y, x = torch.meshgrid(torch.linspace(-1, 1, H, device=field.device), torch.linspace(-1, 1, W, device=field.device), indexing="ij")
+    grid = torch.stack([x, y], -1) + s * field / torch.tensor([W, H], device=field.device)
+    grid = grid.clamp(-1, 1)
+    return grid if noise is None else (grid + noise / torch.tensor([W, H], device=field.device)).clamp(-1, 1)
+
+
+def wanet(x, field=None, s=0.5, noise=None):
+    """WaNet (Nguyen and Tran 2021): a smooth warp, hardly visible. Images [B, C, H, W] in [0, 1] -> the same.
+    field: from wanet_field, fixed for a whole attack (None: that of seed 0). noise: see wanet_grid."""
+    field = wanet_field(x.shape[2:]).to(x.device) if field is None else field
+    grid = wanet_grid(field, s, noise).expand(len(x), -1, -1, -1)
+    return F.grid_sample(x, grid, mode="bilinear", align_corners=True).clamp(0, 1)
+
+
+def clean_label(x):
+    """Label-consistent attack (Turner et al. 2019): a 3x3 black-and-white pattern in all four corners, mirrored on the right.
+    Images [B, C, H, W] in [0, 1] -> the same. Training images are also made hard to learn, with pgd."""
+    corner = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]], device=x.device)
+    pattern = torch.zeros(x.shape[2:], device=x.device)
+    pattern[:3, :3] = pattern[-3:, :3] = corner
+    pattern[:3, -3:] = pattern[-3:, -3:] = corner.flip(1)
+    return (x + pattern).clamp(0, 1)
+
+
+def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
+    """Projected gradient descent (Madry et al. 2018), untargeted: raises the loss of y [B] within eps of x in every pixel.
+    Images [B, C, H, W] in [0, 1] -> perturbed images; the neuron setting is the model's own."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
+    x_adv = (x + eps * noise).clamp(0, 1)
+    with frozen(model):
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            gradient = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)[0]
+            x_adv = (x_adv.detach() + step * gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+    return x_adv

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,20 +59,97 @@ def test_t_o_is_kept_and_read_again(workplace, capsys):
     assert second["rows"][0] == row and second["runs"][0]["t_o"] == first["runs"][0]["t_o"]
 
 
-def test_studies_and_report(workplace):
+def test_studies_and_report(workplace, monkeypatch):
+    monkeypatch.setattr(badsnn, "HEATMAP", dict(v_thr_t=(0.8, 1.5), v_thr_a=(1.0, 1.2), tau_a=(0.4, 0.5)))
+    monkeypatch.setattr(badsnn, "POISON_RATIOS", (0.1, 0.2))
     attack("--v-thr-a", "1.1", "--n-o", "40", "--epochs-o", "1")
     for study in badsnn.STUDIES:
         try:
-            badsnn.main(["ablate", "--study", study, *TINY, "--n-o", "40", "--epochs-o", "1"])
+            badsnn.main(["ablate", "--study", study, *TINY, "--n-o", "40", "--epochs-o", "1", "--v-thr-a", "1.0", "1.1"])
         except SystemExit:
             assert study == "magnitude"                     # a network this small may leave nothing to blend
+    rows = json.loads(Path("results/digits/heatmap.json").read_text())["rows"]
+    assert len(rows) == 8 and len({(row["v_thr_t"], row["v_thr"], row["tau"]) for row in rows}) == 8
+    rows = json.loads(Path("results/digits/poison.json").read_text())["rows"]
+    assert [row["n_poison"] for row in rows] == [2, 5]
+    rows = json.loads(Path("results/digits/plif.json").read_text())["rows"]
+    assert [(row["neuron"], row["v_thr"]) for row in rows] == [("lif", 1.0), ("lif", 1.1), ("plif", 1.0), ("plif", 1.1)]
+    assert rows[0]["mean_tau"] == 0.5 and 0 < rows[2]["mean_tau"] < 1
     rows = json.loads(Path("results/digits/threshold.json").read_text())["rows"]
     assert len(rows) == 33 and rows[0]["spikes"] > rows[-3]["spikes"] > 0       # a higher threshold, fewer spikes
     Path("README.md").write_text("before <!-- table1 -->old<!-- /table1 --> after")
     badsnn.main(["report"])
     text = Path("README.md").read_text()
     assert "**digits**" in text and "old" not in text and text.startswith("before") and text.endswith("after")
-    assert Path("results/digits/attack.png").stat().st_size > 10_000 and Path("results/digits/threshold.png").exists()
+    assert Path("results/digits/attack.png").stat().st_size > 10_000
+    assert all(Path(f"results/digits/{study}.png").exists() for study in ("threshold", "heatmap", "poison", "plif"))
+
+
+def test_defend(workplace, capsys, monkeypatch):
+    """Every cell is filled, finished cells are not run again, and the report draws them. (What the defences do: test_defenses.py.)"""
+    for name, budget in dict(fine_tune=dict(epochs=1), anp=dict(iterations=2), tsbd=dict(epochs=1, max_unlearn=1),
+                             nad=dict(epochs=1, teacher_epochs=1)).items():
+        monkeypatch.setitem(badsnn.DEFENSES, name, partial(badsnn.DEFENSES[name], **budget))
+    monkeypatch.setattr(badsnn, "pgd", partial(badsnn.pgd, steps=2))
+    arguments = ["defend", *TINY, "--n-test", "200", "--n-o", "40", "--epochs-o", "1"]
+    badsnn.main(arguments)
+    result = json.loads(Path("results/digits/defend.json").read_text())
+    assert [(row["attack"], row["defense"]) for row in result["rows"]] == [
+        (attack, defense) for attack in ("badsnn", *badsnn.BASELINES) for defense in badsnn.DEFENSES]
+    assert result["n_defender"] == 100                       # 10 per class, not 5 % of 200
+    for row in result["rows"]:
+        assert {"v_thr", "ca", "asr", "target_rate", "destroyed"} <= set(row) and 0 <= row["asr"] <= 100
+        assert row["v_thr"] == (1.1 if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
+        assert ("asr_clean_model" in row) == (row["defense"] == "none")
+    assert {d["attack"] for d in result["detectors"]} == {"badsnn", *badsnn.BASELINES}
+    assert all(0 <= d[key] <= 1 for d in result["detectors"] for key in ("strip_auroc", "spikes_auroc"))
+    assert "defense" in capsys.readouterr().out
+    cells = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("cells/*.json")}
+    assert len(cells) >= 40
+    badsnn.main(arguments)
+    assert cells == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("cells/*.json")}
+    assert json.loads(Path("results/digits/defend.json").read_text())["rows"] == result["rows"]
+    attack("--v-thr-a", "1.1", "--n-o", "40", "--epochs-o", "1")
+    Path("README.md").write_text("<!-- table2 --><!-- /table2 -->")
+    badsnn.main(["report"])
+    assert "clean_label" in Path("README.md").read_text() and Path("results/digits/defend.png").stat().st_size > 10_000
+
+
+def test_poison_is_as_published(workplace, monkeypatch):
+    """Who is poisoned, with what, and with which label; the same for the same seed; nothing else is touched."""
+    data, a = badsnn.prepare(badsnn.get_args(["attack", "--dataset", "digits", "--width", "4", "--T", "2"]))
+    monkeypatch.setattr(badsnn, "pgd", partial(badsnn.pgd, steps=11))       # 16 / 255 and more, in steps of 1.5 / 255
+    reference = badsnn.fresh_model(data, a)
+    for name in ("badnets", "blend", "clean_label"):
+        x, y, _ = badsnn.poison(data, a, name, reference)
+        changed = (x != data.x_train).flatten(1).any(1)
+        assert torch.equal(x, badsnn.poison(data, a, name, reference)[0])
+        assert changed.sum() == round(0.05 * len(y)) == 72
+        assert (y[changed] == a.target).all() and torch.equal(y[~changed], data.y_train[~changed])
+        if name == "clean_label":                            # labels were right to begin with
+            assert torch.equal(y, data.y_train)
+            inside = (x[changed].int() - data.x_train[changed].int()).abs()[:, :, 3:-3]
+            assert inside.max() == 16                        # PGD's ball, away from the corner patterns
+        else:
+            marked = badsnn.BASELINES[name](reference, a.seed)(data.x_train[changed].float() / 255)
+            assert torch.equal(x[changed], marked.mul(255).round().byte())
+            assert (data.y_train[changed] == a.target).sum() < 20            # drawn from all classes
+    a.baseline_ratio = 0.5
+    x, y, about = badsnn.poison(data, a, "clean_label", reference)           # half of all is more than the class has
+    assert (x != data.x_train).flatten(1).any(1).sum() == round(0.5 * (y == 0).sum().item()) and "too small" in about
+
+
+def test_wanet_batch(workplace):
+    """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is untouched."""
+    data, a = badsnn.prepare(badsnn.get_args(["attack", "--dataset", "digits", "--baseline-ratio", "0.1"]))
+    field = badsnn.wanet_field((16, 16))
+    x, y = data.x_train[data.y_train != 0][:100], data.y_train[data.y_train != 0][:100]
+    x2, y2 = badsnn.wanet_batch(x, y, a, field, torch.Generator().manual_seed(0))
+    assert (y2 == 0).sum() == 10 and torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
+    assert torch.equal(x2[:10], badsnn.wanet(x[:10].float() / 255, field).mul(255).round().byte())
+    assert not torch.equal(x2[10:30], badsnn.wanet(x[10:30].float() / 255, field).mul(255).round().byte())
+    counts = [(badsnn.wanet_batch(x[:4], y[:4], a, field, torch.Generator().manual_seed(i))[1] == 0).sum().item() for i in range(200)]
+    assert set(counts) == {0, 1} and 0.3 < sum(counts) / 200 < 0.5           # 0.4 of a sample per batch, on average
 
 
 def test_readme_table_is_what_results_say():
@@ -96,7 +174,7 @@ def prepared(*more):
 def test_resumed_equals_uninterrupted(workplace, monkeypatch):
     """Stopped after epoch 1 and started again, training ends with bit-identical weights."""
     data, a = prepared("--runs", "whole", "--epochs", "3")
-    whole = badsnn.train("backdoored model", data, a, dual=True).state_dict()
+    whole = badsnn.train(data, a, "badsnn").state_dict()
     a.runs = Path("parts")
     save = badsnn.write_checkpoint
 
@@ -105,10 +183,10 @@ def test_resumed_equals_uninterrupted(workplace, monkeypatch):
         raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(badsnn, "write_checkpoint", save_then_die)
-        badsnn.train("backdoored model", data, a, dual=True)
-    resumed = badsnn.train("backdoored model", data, a, dual=True).state_dict()
+        badsnn.train(data, a, "badsnn")
+    resumed = badsnn.train(data, a, "badsnn").state_dict()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    again = badsnn.train("backdoored model", data, a, dual=True).state_dict()        # finished: read, not trained
+    again = badsnn.train(data, a, "badsnn").state_dict()        # finished: read, not trained
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
@@ -129,7 +207,7 @@ def test_killed_run_goes_on(workplace):
     a.device = torch.device("cpu")
     original, badsnn.say = badsnn.say, said.append
     try:
-        badsnn.train("clean model", data, a)
+        badsnn.train(data, a)
     finally:
         badsnn.say = original
     assert f"resumed after epoch {epochs}" in said[0]
@@ -148,7 +226,7 @@ def test_malicious_rows_are_target_samples_at_the_malicious_setting(workplace, m
     forward = badsnn.to_float
     batches = []
     monkeypatch.setattr(badsnn, "to_float", lambda x, a: (batches.append(x), forward(x, a))[1])
-    badsnn.train("backdoored model", data, a, dual=True)
+    badsnn.train(data, a, "badsnn")
     v_thr, tau = seen[0]
     assert v_thr.tolist() == pytest.approx([1.0] * 100 + [1.4] * 8) and tau.tolist() == pytest.approx([0.5] * 100 + [0.7] * 8)
     poisoned = badsnn.poison_indices(data.y_train, 3, a.poison_ratio, a.seed)
@@ -185,7 +263,7 @@ def test_same_seed_same_model(workplace):
 
 def test_evaluation_in_bfloat16_and_float32_agree(workplace):
     data, a = prepared("--epochs", "6", "--n-train", "1000", "--width", "8", "--amp", "off")
-    model = badsnn.train("clean model", data, a)
+    model = badsnn.train(data, a)
     off = badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"]
     a.amp = True
     assert off > 30 and abs(badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"] - off) <= 8
@@ -248,7 +326,7 @@ def test_refuses_unwritable_results(workplace, capsys):
 
 def test_refuses_damaged_and_foreign_checkpoints(workplace, capsys):
     data, a = prepared("--epochs", "1")
-    badsnn.train("clean model", data, a)
+    badsnn.train(data, a)
     (path,) = Path("runs/digits").iterdir()
     good = path.read_bytes()
     for bad, message in ((good[:100], "not a checkpoint of this run"), (b"", "not a checkpoint"), (None, "other settings")):
@@ -270,11 +348,11 @@ def test_a_checkpoint_with_code_in_it_is_not_run(workplace, capsys):
         def __reduce__(self):
             return os.mkdir, ("exploded",)
     data, a = prepared("--epochs", "1")
-    path = badsnn.checkpoint_path(badsnn.training_config("clean model", data, a, False, badsnn.fresh_model(data, a)), a)
+    path = badsnn.checkpoint_path(badsnn.training_config("clean model", data, a, None, badsnn.fresh_model(data, a), None), a)
     path.parent.mkdir(parents=True)
     torch.save(dict(config=Bomb()), path)
     with pytest.raises(ValueError, match="not a checkpoint"):
-        badsnn.train("clean model", data, a)
+        badsnn.train(data, a)
     assert not Path("exploded").exists()
 
 
@@ -295,7 +373,7 @@ sys.path.insert(0, {root!r})
 import badsnn
 data, a = badsnn.prepare(badsnn.get_args(json.loads(sys.argv[1])))
 with badsnn.processes(a):
-    model = badsnn.train("backdoored model", data, a, dual=True)
+    model = badsnn.train(data, a, "badsnn")
     if badsnn.rank_and_ranks()[0] == 0:
         print("LOSSES", json.dumps([row["loss"] for row in torch.load(next(a.runs.rglob("*.pt")), weights_only=True)["history"]]))
 """
@@ -313,7 +391,7 @@ def test_two_processes_train_the_same_model(workplace):
     script.write_text(WORKER.format(root=str(ROOT)))
     same = "--no-augment --amp off --batch-size 60 --lr 0.01".split()
     data, a = prepared(*same, "--runs", "one")
-    badsnn.train("backdoored model", data, a, dual=True)
+    badsnn.train(data, a, "badsnn")
     (path,) = Path("one").rglob("*.pt")
     losses = [[row["loss"] for row in torch.load(path, weights_only=True)["history"]]]
     done = torchrun(2, script, json.dumps(["attack", *TINY, *same, "--runs", "two"]))

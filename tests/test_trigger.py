@@ -6,18 +6,24 @@ import torch
 from torch import nn
 
 from lif import neurons
-from models import build_model
+from models import build_model, frozen
 from trigger import (
     UNet,
     adaptive_blend,
+    badnets,
+    blend,
     check_trigger,
+    clean_label,
     deepfool,
-    frozen,
     optimized_trigger,
+    pgd,
     power_trigger,
     spike_trigger,
     train_unet,
     trigger_losses,
+    wanet,
+    wanet_field,
+    wanet_grid,
     wanted_perturbations,
 )
 
@@ -190,3 +196,58 @@ def test_wanted_perturbations_lead_to_the_target():
     kept, wanted = wanted_perturbations(model, x, 2, MEAN, STD, target, max_iter=3)
     assert len(kept) == len(wanted) > 0
     assert (model((kept + wanted).clamp(0, 1)).argmax(1) == target).float().mean() > 0.9
+
+
+# The baselines' triggers
+
+def test_badnets_and_blend_by_arithmetic():
+    x = torch.rand(2, 3, 8, 8)
+    before, out = x.clone(), badnets(x)
+    assert (out[:, :, 5:, 5:] == 1).all() and torch.equal(out[:, :, :5], x[:, :, :5]) and torch.equal(out[:, :, :, :5], x[:, :, :, :5])
+    assert torch.equal(x, before)                                    # the argument stays
+    pattern = (blend(x, 0.2, seed=3) - 0.8 * x) / 0.2
+    assert torch.allclose(pattern[0], pattern[1], atol=1e-5) and 0 <= pattern.min() + 1e-5 and pattern.max() <= 1 + 1e-5
+    assert torch.allclose(blend(x, 1.0, seed=3), pattern, atol=1e-5) and torch.equal(blend(x, 0.0), x)
+    assert not torch.equal(blend(x, seed=0), blend(x, seed=1)) and torch.equal(blend(x, seed=1), blend(x, seed=1))
+
+
+def test_clean_label_pattern():
+    """Black and white corners, mirrored left to right; everything else untouched."""
+    out = clean_label(torch.full((1, 3, 8, 8), 0.5))[0, 0]
+    assert out[:3, :3].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]] == out[-3:, :3].tolist()
+    assert torch.equal(out[:, -3:], out[:, :3].flip(1)) and (out[3:-3] == 0.5).all() and (out[:, 3:-3] == 0.5).all()
+
+
+def test_wanet_geometry():
+    field = wanet_field((16, 16), k=16)                              # as many vectors as pixels: nothing is interpolated
+    assert math.isclose(field.abs().mean().item(), 1, rel_tol=1e-5)
+    field = wanet_field((32, 32), seed=5)
+    assert field.shape == (1, 32, 32, 2) and 0.5 < field.abs().mean() < 1.5      # bicubic enlarging keeps the mean displacement roughly
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(wanet(x, field, s=0.0), x, atol=1e-5)                  # the identity
+    noise = torch.rand(4, 32, 32, 2) * 2 - 1
+    for s in (0.0, 0.5, 50.0):
+        for grid in (wanet_grid(field, s), wanet_grid(field, s, noise)):
+            assert grid.abs().max() <= 1
+    moved = (wanet_grid(field, 0.5) - wanet_grid(field, 0.0))[:, 4:-4, 4:-4]     # away from the border, where the grid is clamped
+    assert torch.allclose(moved, 0.5 * field[:, 4:-4, 4:-4] / 32, atol=1e-6)
+    jitter = wanet_grid(field, 0.5, noise) - wanet_grid(field, 0.5)
+    assert jitter.abs().max() <= 1 / 32 + 1e-6 and jitter.std() > 0
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)                         # brightness = x: the warp can be read off
+    shift = torch.zeros(1, 32, 32, 2)
+    shift[..., 0] = 2 * 32 / 31                                                  # one pixel to the right, at s = 1
+    assert torch.allclose(wanet(ramp, shift, s=1.0)[0, 0, 5, :31], ramp[0, 0, 5, 1:], atol=1e-4)
+
+
+def test_pgd_stays_in_its_ball_and_hurts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))           # linear: the gradient's sign hardly changes on the way
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    x_adv = pgd(model, x, y, eps=0.1, step=0.02, steps=10)
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    with frozen(model), torch.no_grad():
+        loss = [torch.nn.functional.cross_entropy(model(images), y).item() for images in (x, x_adv)]
+    assert loss[1] > loss[0] + 1
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert torch.equal(x_adv, pgd(model, x, y, eps=0.1, step=0.02, steps=10))

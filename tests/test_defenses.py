@@ -1,0 +1,198 @@
+"""The defences: each against an independent computation, none edits its argument, none breaks a clean model."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import defenses
+from lif import LIF, count_spikes, neurons
+from models import build_model, frozen
+
+X = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(40) % 4
+QUICK = {"restore": lambda m: defenses.restore(m), "clp": lambda m: defenses.clp(m),
+         "fine_tune": lambda m: defenses.fine_tune(m, X, Y, epochs=2), "anp": lambda m: defenses.anp(m, X, Y, iterations=4),
+         "tsbd": lambda m: defenses.tsbd(m, X, Y, epochs=2, max_unlearn=2),
+         "nad": lambda m: defenses.nad(m, X, Y, teacher_epochs=1, epochs=2)}
+
+
+def model_of(name="resnet19", seed=0):
+    torch.manual_seed(seed)
+    model = build_model(name, 4, T=2, width=4)
+    for m in model.modules():                       # a network straight from the shop has weight 1 and bias 0 everywhere
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.uniform_(m.bias, -0.2, 0.2), m.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def bits(model):
+    return {name: p.clone() for name, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("network", ["resnet19", "vgg16"])
+@pytest.mark.parametrize("name", QUICK)
+def test_the_argument_stays_bit_identical(name, network):
+    model = model_of(network)
+    before, setting = bits(model), [(m.v_thr, m.tau) for m in model.modules() if isinstance(m, LIF)]
+    repaired = QUICK[name](model)
+    assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
+    assert setting == [(m.v_thr, m.tau) for m in model.modules() if isinstance(m, LIF)] and not model.training
+    assert not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert repaired is not model and not repaired.training and all(p.isfinite().all() for p in repaired.state_dict().values())
+    if name in ("fine_tune", "tsbd", "nad"):
+        assert any(not torch.equal(p, before[key]) for key, p in repaired.state_dict().items())
+
+
+def test_a_defence_works_at_the_deployed_setting():
+    """The copy keeps the neurons' setting; restore puts it back to nominal, and leaves the weights."""
+    with neurons(model_of(), 1.2, 0.4) as model:
+        shipped = copy.deepcopy(model)
+    assert {(m.v_thr, m.tau) for m in defenses.clp(shipped).modules() if isinstance(m, LIF)} == {(1.2, 0.4)}
+    restored = defenses.restore(shipped)
+    assert {(m.v_thr, m.tau) for m in restored.modules() if isinstance(m, LIF)} == {(1.0, 0.5)}
+    assert all(torch.equal(p, q) for p, q in zip(restored.parameters(), shipped.parameters()))
+
+
+def test_clp_constant_is_a_singular_value():
+    conv, bn = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)
+    nn.init.uniform_(bn.weight, -2, 2), bn.running_var.uniform_(0.5, 2)
+    constant = defenses.channel_lipschitz(conv, bn)
+    for c in range(5):
+        kernel = conv.weight[c].detach().reshape(3, 9) * bn.weight[c].detach() / (bn.running_var[c] + bn.eps).sqrt()
+        assert torch.isclose(constant[c], torch.linalg.matrix_norm(kernel, 2), rtol=1e-5)
+
+
+def test_clp_prunes_the_planted_channel():
+    """One channel of one layer is made ten times as strong: it is switched off in addition to what was, and nothing else."""
+    def off(net):
+        norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        return {(name, c) for name, m in norms for c in ((m.weight == 0) & (m.bias == 0)).nonzero().flatten().tolist()}
+
+    torch.manual_seed(0)
+    model = build_model("resnet19", 4, T=2, width=16).eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.constant_(m.bias, 0.1)
+    before = off(defenses.clp(model))
+    with torch.no_grad():
+        model.stages[1][1].conv2.weight[7] *= 10
+    assert off(model) == set() and off(defenses.clp(model)) - before == {("stages.1.1.bn2", 7)}
+    assert len(defenses.conv_bn_pairs(model)) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 19
+    assert all(conv.out_channels == bn.num_features for conv, bn in defenses.conv_bn_pairs(model))
+
+
+def test_a_channel_switched_off_never_spikes():
+    model = model_of()
+    bn = model.stages[0][0].bn1
+    nn.init.constant_(bn.bias, 5.0)                                  # it would fire at every step
+    spikes = []
+    hook = model.stages[0][0].lif1.register_forward_hook(lambda m, args, s: spikes.append(s.mean((0, 1, 3, 4))))
+    for keep_bias in (True, False):
+        repaired = copy.deepcopy(model)
+        defenses.switch_off(repaired.stages[0][0].bn1, torch.tensor([True, False, False, False]), keep_bias)
+        repaired(X[:4])
+    hook.remove()
+    assert spikes[0][0] == 1 and spikes[1][0] == 0
+
+
+def test_anp_masks_and_noise():
+    model = model_of()
+    masks = defenses.anp_masks(model, X, Y, eps=0.4, alpha=0.5, lr=0.5, iterations=6, batch=16)
+    values = torch.cat(list(masks.values()))
+    assert values.min() >= 0 and values.max() <= 1 and (values < 1).any()
+    assert set(masks) == {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    like, slope = {"a": torch.zeros(2, 500)}, torch.randn(2, 500)
+    noise = defenses.worst_noise(lambda n: (n["a"] * slope).sum(), like, 0.4, torch.Generator().manual_seed(0))["a"]
+    assert noise.abs().max() <= 0.8 and noise.abs().max() > 0.7
+    assert torch.equal((noise.abs() <= 0.4 + 1e-6) | (noise.sign() == slope.sign()), torch.ones(2, 500, dtype=torch.bool))  # uphill
+    pruned = defenses.anp(model, X, Y, lr=0.5, iterations=6, batch=16, threshold=2.0)       # everything lies below 2
+    assert all((m.weight == 0).all() for m in pruned.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_anp_uses_masked_weights():
+    """With masks of 1 and no noise the loss is the network's; a mask of 0 is a channel of weight 0."""
+    model, seen = model_of(), []
+    functional_call = defenses.functional_call
+    try:
+        defenses.functional_call = lambda net, parameters, inputs: seen.append(parameters) or functional_call(net, parameters, inputs)
+        defenses.anp_masks(model, X, Y, eps=0.0, alpha=0.5, lr=0.5, iterations=1, batch=16)
+    finally:
+        defenses.functional_call = functional_call
+    for parameters in seen:
+        for name, p in model.named_parameters():
+            assert name not in parameters or torch.equal(parameters[name], p)
+
+
+@pytest.mark.parametrize("share, weights", [(0.15, 0.7), (0.5, 0.2), (1.0, 1.0)])
+def test_tsbd_zeroes_exactly_the_stated_share(share, weights):
+    model = model_of()
+    change = defenses.weight_change(model, model_of(seed=1))
+    assert not any("shortcut" in name for name in change) and "conv" in change
+    zeroed = dict(defenses.zero_reinit(model, change, share, weights).named_modules())
+    hit = {name: zeroed[name].weight == 0 for name in change}
+    n_channels = sum(len(c) for c in change.values())
+    sums = torch.cat([c.flatten(1).sum(1) for c in change.values()])
+    chosen = sums >= sums.sort(descending=True).values[round(share * n_channels) - 1]
+    touched = torch.cat([h.flatten(1).any(1) for h in hit.values()])
+    assert not (touched & ~chosen).any()                             # only the neurons that changed most
+    sizes = torch.cat([torch.full((len(c),), c[0].numel()) for c in change.values()])
+    assert sum(h.sum().item() for h in hit.values()) == round(weights * sizes[chosen].sum().item())
+    kept, gone = (torch.cat([c[(h if take else ~h) & chosen.split([len(v) for v in change.values()])[i].view(-1, 1, 1, 1)]
+                             for i, (c, h) in enumerate(zip(change.values(), hit.values()))]) for take in (False, True))
+    assert not len(kept) or gone.min() >= kept.max()                 # and of these the weights that changed most
+
+
+def test_unlearning_lowers_the_accuracy():
+    x = 0.3 * X
+    for k in range(4):                                               # a bright quarter for every class
+        x[Y == k, :, 8 * (k // 2):8 * (k // 2) + 8, 8 * (k % 2):8 * (k % 2) + 8] += 0.6
+    model = defenses.fine_tune(model_of(), x, Y, epochs=20, batch=10)
+    accuracy = (model(x).argmax(1) == Y).float().mean()
+    unlearned = defenses.unlearn(model, x, Y, lr=0.01, max_epochs=100)
+    assert accuracy > 0.6 and (unlearned(x).argmax(1) == Y).float().mean() <= 0.25
+
+
+def test_activeness_aware_gradient_of_a_parabola():
+    """loss = p^2 / 2 at p = 3: g1 = 3, and 0.05 further up g2 = 3.05; p is left as it was."""
+    model = nn.Module()
+    model.p = nn.Parameter(torch.tensor([3.0]))
+    gradient = defenses.activeness_aware_gradient(model, lambda: (model.p ** 2).sum() / 2, r=0.05, a=0.7)[0]
+    assert torch.allclose(gradient, torch.tensor([0.3 * 3 + 0.7 * 3.05])) and model.p.item() == pytest.approx(3.0, abs=1e-6)
+
+
+def test_nad_loss_and_attention():
+    model, other = model_of(), model_of(seed=1)
+    with frozen(model), frozen(other), torch.no_grad():
+        logits, maps = defenses.with_maps(model, X[:6])
+        _, others = defenses.with_maps(other, X[:6])
+        assert torch.equal(logits, model(X[:6]))
+    assert [list(m.shape) for m in maps] == [[6, 4, 16, 16], [6, 8, 8, 8], [6, 16, 4, 4]] and maps[0].max() <= 1
+    assert defenses.distillation_loss(maps, maps, (500, 1000, 1000)) == 0 < defenses.distillation_loss(maps, others, (500, 1000, 1000))
+    rates = torch.zeros(1, 2, 1, 2)
+    rates[0, :, 0, 0] = torch.tensor([3.0, 0.0])                     # squares: 9 and 0 + 16 -> (9, 16) / |(9, 16)|
+    rates[0, :, 0, 1] = torch.tensor([0.0, 4.0])
+    assert torch.allclose(defenses.attention(rates), torch.tensor([[9.0, 16.0]]) / 337 ** 0.5, atol=1e-5)
+    vgg = defenses.with_maps(model_of("vgg16"), X[:2])[1]
+    assert [m.shape[-1] for m in vgg] == [4, 2, 1]                   # before each pool: groups 3, 4 and 5 of a 16x16 image
+
+
+def test_strip_sees_a_trigger_that_survives_overlays():
+    """A network that answers class 3 to a white corner, else by brightness: entropy is near 0 with the corner."""
+    class Corner(nn.Module):
+        def forward(self, x):
+            marked = (x[:, :, -3:, -3:].mean((1, 2, 3)) > 0.999).float() * 20
+            return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3)), torch.zeros_like(marked), marked], 1)
+
+    triggered = X[:10].clone()
+    triggered[:, :, -3:, -3:] = 1
+    low, high = defenses.strip(Corner(), triggered, X), defenses.strip(Corner(), X[:10] * 0.3, X * 0.3)
+    assert low.max() < 0.01 and high.min() > 1 and high.max() <= torch.tensor(4.0).log() + 1e-5
+
+
+def test_spike_deviation():
+    model = model_of()
+    with frozen(model):
+        counts = count_spikes(model, X)
+    wanted = (counts[:5] - counts.mean()).abs() / counts.std()
+    assert torch.allclose(defenses.spike_deviation(model, X[:5], X), wanted)
