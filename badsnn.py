@@ -446,6 +446,7 @@ def mean_of(runs):
 
 
 def print_attack(r):
+    """Prints the result of attack() as Table 1's row, with its controls."""
     say(f"\n{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training and {r['n_test']:,} test samples, "
         f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}{'; ' + r['note'] if r['note'] else ''}")
     strength = f"q = {r['q']:g}" if r["q"] else f"beta = {r['beta']:g}"
@@ -1030,6 +1031,7 @@ def training_config(name, data, a, attack, model, reference):
 
 
 def fingerprint(*tensors):
+    """Sixteen hexadecimal digits that are equal only for equal tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy())
@@ -1259,6 +1261,7 @@ def cpu_has_bfloat16():
 
 
 def main(argv=None):
+    """The command line. Every foreseeable error ends in one line on stderr and exit code 2 (--debug: the traceback)."""
     a = get_args(argv)
     try:
         if a.command == "report":

@@ -39,7 +39,7 @@ def restore(model):
 # Fine-tuning
 
 def fine_tune(model, x, y, epochs=20, lr=0.1, batch=32, augment=None, seed=0):
-    """Trains all weights on a few clean images (x [N, C, H, W] in [0, 1], y [N]); SGD with momentum 0.9, cosine schedule.
+    """Trains all weights (Sec. 4.3) on a few clean images x [N, C, H, W] in [0, 1] with labels y [N]; SGD, cosine schedule.
 
     # differs from BackdoorBench: 20 epochs in batches of 32, not 100 of 256; the rate is the peak rate of training, 0.1, not 0.01
     """
@@ -74,7 +74,7 @@ def _augmented(x, augment):
 def clp(model, u=3.0):
     """Channel Lipschitz pruning (Zheng et al. 2022), without data: a backdoor's channels react more strongly than others.
 
-    In every layer, channels whose Lipschitz constant exceeds mean + u * standard deviation are switched off (u = 3: Sec. 4.3).
+    In every layer, the channels whose Lipschitz constants [C] exceed mean + u * standard deviation are switched off (u = 3: Sec. 4.3).
     """
     model = copy.deepcopy(model)
     for conv, bn in conv_bn_pairs(model):
@@ -322,7 +322,8 @@ def strip(model, x, clean, overlays=20, seed=0):
 
 @torch.no_grad()
 def spike_deviation(model, x, clean):
-    """|spikes of x - mean| / standard deviation [B], mean and deviation over clean images; HIGH is suspicious. Images in [0, 1]."""
+    """|spikes of x - mean| / standard deviation [B], mean and deviation over clean images; HIGH is suspicious. Images in [0, 1].
+    Sec. 3.2 says that triggers change the number of spikes; here that is turned against them."""
     with frozen(model):
         trusted, counts = count_spikes(model, clean), count_spikes(model, x)
     return (counts - trusted.mean()).abs() / trusted.std().clamp(min=1e-12)

@@ -15,6 +15,7 @@ numbers, one fused pass over memory. Nothing is kept between calls: every forwar
         logits = model(images)
 """
 import contextlib
+import logging
 import math
 import os
 import warnings
@@ -81,6 +82,7 @@ def lif_reference(x_seq, v_thr=1.0, tau=0.5, surrogate="triangle"):
 # (cheaper than writing and reading it). Tensors here are [T, B, M, C]: C channels last, M pixels.
 # v_thr and tau are tensors [B], so that changing them never compiles anything again.
 
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)    # it warns where CUDA's files lie beside no GPU
 torch._dynamo.config.recompile_limit = 64              # dtypes, with or without BatchNorm or residual, training or not
 torch.fx.experimental._config.use_duck_shape = False   # two sizes that happen to be equal stay two sizes
 
@@ -332,7 +334,7 @@ class PLIF(LIF):
 
 @contextlib.contextmanager
 def neurons(model, v_thr=None, tau=None):
-    """Sets v_thr and tau of every neuron of the model and restores all on exit, also after an exception.
+    """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every neuron of the model and restores all on exit, also after an exception.
 
     Numbers, or tensors [B]: one value per sample of the batch, so that one forward pass can hold both of the paper's
     settings S_n and S_t. None leaves a value as it is. A PLIF keeps the tau that it learned. Raises ValueError.

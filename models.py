@@ -107,7 +107,7 @@ class ImageSNN(nn.Module):
 
 
 def resnet19(num_classes, T, width, neuron, mean, std):
-    """Spiking ResNet-19 as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x and 4x width, one linear head.
+    """Spiking ResNet-19 as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x and 4x width, one linear head; [B, 3, H, W] -> [B, K].
 
     Width 128 (the paper's): 12,569,226 parameters for 10 classes, 2,285 million multiply-adds per step at 32x32.
     """
@@ -120,7 +120,7 @@ def resnet19(num_classes, T, width, neuron, mean, std):
 
 
 def vgg16(num_classes, T, width, neuron, mean, std):
-    """Spiking VGG-16 (configuration D as in SEENN): 13 convolutions, 4 average pools, one linear head.
+    """Spiking VGG-16 (configuration D, as in SEENN, Li et al. 2023): 13 convolutions, 4 pools, one linear head; [B, 3, H, W] -> [B, K].
 
     Width 64 (the paper's): 14,728,266 parameters for 10 classes, 313 million multiply-adds per step at 32x32.
     """
@@ -168,7 +168,7 @@ class NMNISTNet(nn.Module):
 
 
 def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std=None):
-    """A spiking network with fresh weights. Raises ValueError for an unknown name or a bad number.
+    """One of the networks of Sec. 4.1 with fresh weights. Raises ValueError for an unknown name or a bad number.
 
     name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (event frames [B, T, 2, 34, 34]).
     T: time steps. width: channels of the first stage; None is our small default, 128, 64 and 128 are the paper's.
