@@ -64,7 +64,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.project = stride != 1 or c_in != c_out
         if self.project:
-            self.pool = nn.AvgPool2d(stride)
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True)       # odd sizes: as the strided convolution
             self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
             self.shortcut_bn = nn.BatchNorm2d(c_out)
         self.lif2 = neuron()

@@ -132,7 +132,7 @@ def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
 
 class UNet(nn.Module):
     """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a target -> perturbations in
-    [-1, 1], same shape. The target class is a fourth input plane, learned, one per class. H and W are multiples of 4."""
+    [-1, 1], same shape. The target class is a fourth input plane, learned, one per class. size: (H, W)."""
 
     def __init__(self, num_classes, size, width=16):
         super().__init__()
@@ -155,8 +155,8 @@ class UNet(nn.Module):
         a = self.down1(torch.cat([x, self.plane(label).view(-1, 1, *self.size)], 1))
         b = self.down2(F.avg_pool2d(a, 2))
         c = self.bottom(F.avg_pool2d(b, 2))
-        b = self.up2(torch.cat([F.interpolate(c, scale_factor=2, mode="bilinear"), b], 1))
-        a = self.up1(torch.cat([F.interpolate(b, scale_factor=2, mode="bilinear"), a], 1))
+        b = self.up2(torch.cat([F.interpolate(c, size=b.shape[2:], mode="bilinear"), b], 1))
+        a = self.up1(torch.cat([F.interpolate(b, size=a.shape[2:], mode="bilinear"), a], 1))
         return self.out(a).tanh()
 
 

@@ -67,7 +67,7 @@ def test_studies_and_report(workplace, monkeypatch):
         try:
             badsnn.main(["ablate", "--study", study, *TINY, "--n-o", "40", "--epochs-o", "1", "--v-thr-a", "1.0", "1.1"])
         except SystemExit:
-            assert study == "magnitude"                     # a network this small may leave nothing to blend
+            assert study in ("magnitude", "trigger")        # a network this small may leave nothing to blend
     rows = json.loads(Path("results/digits/heatmap.json").read_text())["rows"]
     assert len(rows) == 8 and len({(row["v_thr_t"], row["v_thr"], row["tau"]) for row in rows}) == 8
     rows = json.loads(Path("results/digits/poison.json").read_text())["rows"]
@@ -254,10 +254,12 @@ def test_choose_is_eq_8():
             [(1.0, 90, 0, 99), (1.05, 89, 1, 40), (1.1, 86, 5, 80), (1.15, 70, 20, 99), (1.2, 88, 90, 99)]]
     assert badsnn.choose(rows, base_ca=90, margin=5) == 1.1
     assert badsnn.choose(rows, base_ca=90, margin=0.5) is None
+    rows[1]["asr_o"], rows[2]["asr_o"] = 100, 20             # two triggers count equally: 70 - 1 against 50 - 5
+    assert badsnn.choose(rows, base_ca=90, margin=5) == 1.05
 
 
 def test_same_seed_same_model(workplace):
-    first, second = (badsnn.train("clean model", *prepared("--runs", r, "--epochs", "1")).state_dict() for r in "ab")
+    first, second = (badsnn.train(*prepared("--runs", r, "--epochs", "1")).state_dict() for r in "ab")
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -292,7 +294,8 @@ def refused(capsys, *arguments):
     (["--batch-size", "x"], "invalid int"), (["--n-train", "99999"], "only"), (["--model", "nmnist_net"], "holds images"),
     (["--dataset", "own.npz"], "no such file"), (["--device", "tpu9"], "not usable"), (["--resume", "--fresh"], "exclude"),
     (["--nonsense"], "unrecognized"), (["--lambdas", "1", "2"], "expected 3"), (["--lambdas", "1", "2", "-1"], "--lambdas"),
-    (["--v-thr-o", "0"], "v_thr"), (["--magnitude", "-1"], "--magnitude")])
+    (["--v-thr-o", "0"], "v_thr"), (["--magnitude", "-1"], "--magnitude"), (["--v-thr-d", "-1"], "v_thr"), (["--v-thr-a", "x"], "invalid"),
+    (["--baseline-ratio", "0"], "baseline-ratio"), (["--baseline-ratio", "0.0001"], "selects none")])
 def test_refuses(workplace, capsys, arguments, message):
     assert message in refused(capsys, "attack", *arguments)
 
@@ -307,6 +310,7 @@ def test_refuses_unknown_study_and_missing_results(workplace, capsys):
     assert "invalid choice" in refused(capsys, "ablate", "--study", "everything")
     badsnn.datasets.load("ndigits", "data")
     assert "holds events" in refused(capsys, "ablate", "--study", "threshold", "--dataset", "ndigits")
+    assert "holds events" in refused(capsys, "defend", "--dataset", "ndigits")
     assert "no attack.json" in refused(capsys, "report")
 
 
