@@ -77,7 +77,8 @@ PRESETS = {
                    v_thr_t=1.3, v_thr_o=1.12, magnitude=0.9, v_thr_d=1.12, v_thr_a=(1.0, 1.05, 1.1, 1.12, 1.15, 1.2)),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, lambdas=(1.0, 1.0, 1.0), epochs_o=16),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
-    "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8, v_thr_d=1.2),
+    "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, magnitude=0.7,
+                  v_thr_d=1.2),
     "nmnist": EVENTS,
     "ndigits": dict(EVENTS, poison_ratio=0.05, epochs=15, seeds=3),
 }
@@ -117,7 +118,7 @@ def train(data, a, attack=None):
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         history = state["history"]
-    model.history = history      # the rows that are printed
+    model.history, model.seconds_before = history, sum(row["seconds"] for row in history)      # the rows that are printed
     if len(history) == a.epochs:
         say(f"{name}, seed {a.seed}: finished earlier, read from {path}")
         return model
@@ -313,11 +314,12 @@ def attack(data, a):
         write_json(path, done)
         say(f"finished earlier, read from {path}; --fresh runs it again")
         return
-    started, runs = time.time(), []
+    started, runs, before = time.time(), [], 0.0
     for seed in range(a.seed, a.seed + a.seeds):
         b = SimpleNamespace(**{**vars(a), "seed": seed})
         clean = train(data, b)
         backdoored = train(data, b, "badsnn")
+        before += clean.seconds_before + backdoored.seconds_before      # what an earlier run has spent on them
         generator, about_t_o = (None, None) if data.events else train_trigger(backdoored, data, b)
         if generator is not None and rank_and_ranks()[0] == 0:
             save_examples(generator, data, b)
@@ -329,7 +331,7 @@ def attack(data, a):
     n_poison = len(poison_indices(data.y_train, a.target, a.poison_ratio, a.seed))
     result = dict(settings(data, a), v_thr_a=a.v_thr_a, tau_a=a.tau_a, n_poison=n_poison,
                   clean_ca=mean_of(runs)["clean_ca"], base_ca=base_ca, rows=rows, chosen=choose(rows, base_ca, a.margin),
-                  margin=a.margin, runs=runs, seconds=round(time.time() - started, 1))
+                  margin=a.margin, runs=runs, seconds=round(time.time() - started + before, 1))
     print_attack(result)
     write_json(path, result)
 
@@ -579,7 +581,8 @@ def detect(attack, name, model, trigger, x, scored, a, most=256):
 
 def kept_cell(name, inputs, a, run):
     """The result of run(), or what it was when everything that decides it (models, tensors, settings) was the same."""
-    config = dict(name=name, inputs=[fingerprint_of(i) for i in inputs], **{k: getattr(a, k) for k in CELL_SETTINGS})
+    keys = "n_test target pad flip augment amp".split() + ("v_thr_d tau_a q magnitude".split() if name.startswith("badsnn") else [])
+    config = dict(name=name, inputs=[fingerprint_of(i) for i in inputs], **{key: getattr(a, key) for key in keys})
     path = checkpoint_path(dict(config, dataset=f"{result_name(a.dataset)}/cells", seed=a.seed), a).with_suffix(".json")
     if a.resume and path.exists():
         with contextlib.suppress(ValueError):       # a damaged file is made anew
@@ -587,9 +590,6 @@ def kept_cell(name, inputs, a, run):
     result = run()
     write_json(path, result, quiet=True)
     return result
-
-
-CELL_SETTINGS = ("n_test", "target", "q", "magnitude", "v_thr_d", "tau_a", "pad", "flip", "augment", "amp")
 
 
 def fingerprint_of(thing):
