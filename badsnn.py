@@ -822,9 +822,11 @@ def table2(results):
                      + " |" * (len(names) + 1))
         for attack in ("badsnn", *BASELINES):
             rows = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
-            cells = [f"{row['ca']:.1f} / {row['asr']:.1f} / {row['target_rate']:.1f}" + " †" * row["destroyed"]
-                     for row in map(rows.get, names)]
-            lines.append(f"| {attack}" + f" ({rows['none']['trigger']})" * (attack == "badsnn") + " | " + " | ".join(cells) + " |")
+            for key in ("asr", "asr_p") if rows["none"]["trigger"] == "T_o" else ("asr",):
+                cells = [f"{row['ca']:.1f} / {row[key]:.1f} / {row['target_rate']:.1f}" + " †" * row["destroyed"]
+                         for row in map(rows.get, names)]
+                trigger = f" ({'T_p' if key == 'asr_p' else rows['none']['trigger']})" if attack == "badsnn" else ""
+                lines.append(f"| {attack}{trigger} | " + " | ".join(cells) + " |")
             if r["dataset"] in PAPER_DEFENSES:
                 theirs = PAPER_DEFENSES[r["dataset"]][attack].split()
                 lines.append("| *paper* | " + " | ".join(f"*{cell.replace('/', ' / ')}*" for cell in theirs) + " | |")
@@ -851,6 +853,7 @@ def figure_attack(r, path):
             axis.plot(v, [row[key] for row in r["rows"]], style, color=color, label=label, markersize=5)
     axis.set(xlabel="deployed threshold V_a", ylabel="percent of test samples", ylim=(-3, 103), xticks=v,
              title=f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples")
+    axis.tick_params(axis="x", labelrotation=45)
     if r["chosen"]:
         axis.axvline(r["chosen"], color="0.88", zorder=0, linewidth=10, label="chosen V_a")
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -954,7 +957,7 @@ def figure_trigger(r, path):
     for lambda_adv, style in zip(sorted({row["lambda_adv"] for row in r["rows"]}), ("o:", "s--", "D-")):
         rows = [row for row in r["rows"] if row["lambda_adv"] == lambda_adv]
         axis.plot([row["l2"] for row in rows], [row["asr_o"] for row in rows], style, color="black", label=f"lambda_adv {lambda_adv:g}")
-        for row in rows:
+        for row in (rows[0], rows[-1]):
             axis.annotate(f"m {row['magnitude']:g}", (row["l2"], row["asr_o"]), fontsize=7, xytext=(5, -9), textcoords="offset points")
     best = next(row for row in r["rows"] if row["chosen"])
     axis.axvline(best["l2_p"], color="0.8", zorder=0, label="L2 of T_p")
@@ -977,6 +980,7 @@ def figure_plif(r, path):
                                          ("asr_p_clean_model", "ASR_p, clean model", "x--", "tab:blue")):
             means = [np.mean([row[key] for row in rows if row["v_thr"] == x]) for x in v]
             axis.plot(v, means, style, color=color, label=label, markersize=5)
+        axis.tick_params(axis="x", labelrotation=45)
         axis.set(xlabel="deployed threshold V_a", ylim=(-3, 103), xticks=v,
                  title=f"{r['dataset']}, {neuron.upper()}, mean tau {np.mean([row['mean_tau'] for row in rows]):.2f}")
     axes[0].set_ylabel(f"percent, mean of {r['seeds']} seed{'s' * (r['seeds'] > 1)}")
@@ -1007,7 +1011,7 @@ def figure_defend(r, path):
     axes[-1].plot([d["strip_auroc"] for d in r["detectors"]], place, "o", color="black", label="STRIP")
     axes[-1].plot([d["spikes_auroc"] for d in r["detectors"]], place, "x", color="tab:blue", label="spike count")
     axes[-1].set(xlim=(-0.03, 1.03), yticks=place, yticklabels=labels, xlabel="AUROC (0.5: chance)", title="detectors, no defence")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="upper left")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(f"{r['dataset']}, seed {r['seed']}", fontsize=9)

@@ -33,7 +33,7 @@ def attack(*more):
 
 
 def test_attack_end_to_end(workplace, capsys):
-    result = attack("--v-thr-a", "1.0", "1.5")
+    result = attack("--v-thr-a", "1.0", "1.5", "--n-o", "100", "--epochs-o", "1")
     for key in ("dataset", "model", "width", "T", "n_train", "n_test", "epochs", "seed", "device", "seconds", "target", "poison_ratio",
                 "n_poison", "q", "v_thr_t", "tau_t", "clean_ca", "base_ca"):
         assert key in result
