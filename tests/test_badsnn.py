@@ -99,7 +99,7 @@ def test_defend(workplace, capsys, monkeypatch):
     assert result["n_defender"] == 100                       # 10 per class, not 5 % of 200
     for row in result["rows"]:
         assert {"v_thr", "ca", "asr", "target_rate", "destroyed"} <= set(row) and 0 <= row["asr"] <= 100
-        assert row["v_thr"] == (1.1 if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
+        assert row["v_thr"] == (1.12 if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
         assert ("asr_clean_model" in row) == (row["defense"] == "none")
     assert {d["attack"] for d in result["detectors"]} == {"badsnn", *badsnn.BASELINES}
     assert all(0 <= d[key] <= 1 for d in result["detectors"] for key in ("strip_auroc", "spikes_auroc"))
