@@ -72,7 +72,7 @@ def test_the_readme_uses_the_codes_names():
 def test_notebooks_are_as_promised(path):
     """Executed, without errors, small, short cells, learning goals, summary, exercises, no traces of a machine."""
     text, notebook = path.read_text(), json.loads(path.read_text())
-    assert len(text) < 1_000_000 and "/work/" not in text and "/home/" not in text
+    assert len(text) < 1_000_000 and str(ROOT) not in text and "/home/" not in text
     prose = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
     for part in ("You will learn", "Paper:", "## Summary", "## Exercises", "tests/test_exercises.py -k", "Open."):
         assert part in prose
