@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 import data as datasets
 import defenses
 from data import augment, poison_indices
-from lif import LIF, check_setting, count_spikes, neurons
+from lif import LIF, TAU_N, V_THR_N, check_setting, count_spikes, neurons
 from models import NEURONS, WIDTHS, build_model, frozen
 from trigger import (
     UNet,
@@ -62,8 +62,6 @@ from trigger import (
     wanted_perturbations,
 )
 
-V_THR_N, TAU_N = 1.0, 0.5                                        # S_n, the nominal setting (Sec. 4.1)
-
 T_O_SETTINGS = ("v_thr_o", "adversarial_setting", "lambdas", "epochs_o", "n_o")
 
 # Table 1's settings per data set, then ours (the paper gives no epochs, learning rates or q). `seeds` runs are averaged.
@@ -75,7 +73,8 @@ EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_si
 PRESETS = {
     "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0), margin=4.0,
                    v_thr_t=1.3, v_thr_o=1.12, magnitude=0.9, v_thr_d=1.12, v_thr_a=(1.0, 1.05, 1.1, 1.12, 1.15, 1.2)),
-    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, lambdas=(1.0, 1.0, 1.0), epochs_o=16),
+    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, v_thr_t=1.2, v_thr_o=1.05,
+                    v_thr_d=1.05, v_thr_a=(1.0, 1.03, 1.05, 1.08, 1.1, 1.15, 1.2)),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, magnitude=0.7,
                   v_thr_d=1.2),
@@ -221,7 +220,7 @@ def poison(data, a, attack, reference):
         images = torch.cat([pgd(reference, part, labels, seed=a.seed + i) for i, (part, labels) in enumerate(parts)])
     marked = BASELINES[attack](reference, a.seed)(images)
     x, y = x.clone(), y.clone()
-    x[chosen], y[chosen] = marked.mul(255).round().byte().cpu(), a.target
+    x[chosen], y[chosen] = to_uint8(marked).cpu(), a.target
     return x, y, about
 
 
@@ -233,7 +232,7 @@ def wanet_batch(x, y, a, field, generator):
     noise = torch.rand(min(2 * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1
     images = to_float(x[:n + len(noise)], a)
     warped = torch.cat([wanet(images[:n], field), wanet(images[n:], field, noise=noise)])
-    x = torch.cat([warped.mul(255).round().byte(), x[n + len(noise):]])
+    x = torch.cat([to_uint8(warped), x[n + len(noise):]])
     return x, torch.cat([torch.full_like(y[:n], a.target), y[n:]])
 
 
@@ -253,6 +252,11 @@ def to_float(x, a):
     if x.dim() == 4:
         return x.float() / 255
     return x.float().clamp(max=1) if a.frames == "binary" else x.float()
+
+
+def to_uint8(x):
+    """Images in [0, 1] -> uint8 as stored, the inverse of to_float."""
+    return x.mul(255).round().byte()
 
 
 def autocast(a):
@@ -382,7 +386,7 @@ def save_examples(generator, data, a):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     with open(part, "wb") as file:
-        np.savez_compressed(file, **{k: v.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for k, v in images.items()})
+        np.savez_compressed(file, **{k: to_uint8(v).permute(0, 2, 3, 1).cpu().numpy() for k, v in images.items()})
     os.replace(part, path)
 
 

@@ -22,18 +22,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from lif import LIF, PLIF, count_spikes
+from lif import LIF, PLIF, TAU_N, V_THR_N, count_spikes
 from models import Pool, frozen
 
 
 def restore(model):
-    """Sets every neuron back to the nominal setting v_thr = 1.0, tau = 0.5 (Sec. 4.1); a PLIF keeps the tau it learned. The paper
-    does not try this defence. Weights stay; what the attack needs is gone."""
+    """Sets every neuron back to the nominal setting v_thr = 1.0, tau = 0.5 (Sec. 4.1); a PLIF keeps the tau it learned, and all
+    weights stay. The paper does not try this defence."""
     model = copy.deepcopy(model)
     for m in model.modules():
         if isinstance(m, LIF):
-            m.v_thr = 1.0
-            m.tau = m.tau if isinstance(m, PLIF) else 0.5
+            m.v_thr = V_THR_N
+            m.tau = m.tau if isinstance(m, PLIF) else TAU_N
     return model
 
 

@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.fx.experimental._config
 from torch import nn
 
+V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Sec. 4.1)
+
 # ---------------------------------------------------------------------------------------------------------
 # Surrogate gradients. The spike is a step function: its true derivative is 0 almost everywhere, so nothing
 # could be learned. In the backward pass it is replaced by a bump around the threshold, d = v - v_thr.
@@ -56,7 +58,7 @@ class Spike(torch.autograd.Function):
         return grad * SURROGATES[ctx.surrogate](ctx.saved_tensors[0]), None
 
 
-def lif_reference(x_seq, v_thr=1.0, tau=0.5, surrogate="triangle"):
+def lif_reference(x_seq, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
     """The definition of the neuron, slow and plain, differentiated by autograd (Eq. 1 at a time step of 1).
 
     x_seq: input currents [T, B, ...]. v_thr > 0 and tau in [0, 1]: a number, or one value per sample [B].
@@ -287,7 +289,7 @@ class LIF(nn.Module):
     surrogate: "triangle" or "arctan", the stand-in for the spike's derivative.
     """
 
-    def __init__(self, v_thr=1.0, tau=0.5, surrogate="triangle"):
+    def __init__(self, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
         super().__init__()
         check_setting(v_thr, tau)
         if surrogate not in SURROGATES:
@@ -323,8 +325,8 @@ class PLIF(LIF):
     # differs from Fang et al.: the input is not scaled by 1 - tau, so that at the start PLIF is LIF (as in SEENN's code)
     """
 
-    def __init__(self, v_thr=1.0, surrogate="triangle"):
-        super().__init__(v_thr, 0.5, surrogate)
+    def __init__(self, v_thr=V_THR_N, surrogate="triangle"):
+        super().__init__(v_thr, TAU_N, surrogate)
         self.tau = "sigmoid(w)"
         self.w = nn.Parameter(torch.zeros(()))
 

@@ -3,10 +3,12 @@
     pip install --no-deps spikingjelly loguru snntorch norse nir nirtorch sinabs pbr torchattacks      # referees, each optional
     python tests/benchmark.py                                                 # writes results/benchmark.json
 
-Everything is measured interleaved in one run (machines are noisy, ratios less so); medians of at least 9. First it checks
-that our spikes equal SpikingJelly's. (a) LIF layer forward + backward; (b) training step of ResNet-19, width 16, batch 64,
-T = 4; (c) its peak memory, in fresh processes; (d) evaluation; (e) a plain copy of the bytes that the LIF must move;
-(f) cost per epoch against the number of images and T; (g) DeepFool against torchattacks'.
+Every subject lives in a process of its own, set up the way its users set it up; the processes take turns, one step each, and
+medians of at least 9 turns are compared (machines are noisy, ratios less so). First: are our spikes SpikingJelly's?
+
+(a) LIF layer forward + backward; (b) training step of ResNet-19, width 16, batch 64, T = 4, and how much of it is convolution;
+(c) its peak memory; (d) evaluation; (e) a plain copy of the bytes that the LIF must move; (f) cost per epoch against the number
+of images and T; (g) DeepFool against torchattacks'; (h) accuracy on digits in bfloat16 and in float32.
 """
 import argparse
 import json
@@ -14,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,22 +27,69 @@ import torch.nn.functional as F
 from torch import nn
 
 import badsnn
-from lif import LIF, lif_reference
+from lif import LIF, TAU_N, V_THR_N, lif_reference
 from models import build_model
 from trigger import deepfool
 
 REPEATS = 9
 
 
-def interleaved(functions, repeats=REPEATS):
-    """Median milliseconds of each function, measured in turns after two warm-up rounds."""
-    times = {name: [] for name in functions}
-    for round_ in range(repeats + 2):
-        for name, f in functions.items():
-            started = time.perf_counter()
-            f()
-            if round_ >= 2:
-                times[name].append(1000 * (time.perf_counter() - started))
+class Subject:
+    """Something to be timed, in its own process: every call runs it once there and returns the milliseconds that it took."""
+
+    def __init__(self, name, threads):
+        command = [sys.executable, __file__, "--serve", name, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+
+    def __call__(self):
+        """Raises ValueError where the process could not run it."""
+        try:
+            print(file=self.process.stdin, flush=True)
+            milliseconds, self.peak = map(float, self.process.stdout.readline().split())
+        except (ValueError, BrokenPipeError):
+            raise ValueError("it does not run here") from None
+        return milliseconds
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(name):
+    """The other side of Subject: prepares what is named, then runs it once for every line on stdin."""
+    idle = peak()
+    if "ours" in name:
+        badsnn.keep_memory()            # as our command line does; the others run as their documentation has it
+    kind, *rest = name.split()
+    step = KINDS[kind](*rest)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step()
+        print(1000 * (time.perf_counter() - started), peak() - idle, flush=True)
+
+
+def peak():
+    """Peak resident memory of this process in MiB, from Linux; ru_maxrss would count the parent's as well."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def interleaved(names, threads, memory=None):
+    """Median milliseconds of the subjects named, measured in turns after two rounds of warm-up; {} entries that do not run are left out.
+    memory: a dict that receives their peak memory in MiB above a process that has only imported torch."""
+    subjects, times = {name: Subject(name, threads) for name in names}, {}
+    for turn in range(REPEATS + 2):
+        for name, subject in list(subjects.items()):
+            try:
+                milliseconds = subject()
+                times.setdefault(name, []).extend([milliseconds] * (turn >= 2))
+            except ValueError as error:
+                print(f"  without {name}: {error}")
+                subjects.pop(name).stop()
+                times.pop(name, None)
+    for name, subject in subjects.items():
+        if memory is not None:
+            memory[name] = round(subject.peak)
+        subject.stop()
     return {name: round(statistics.median(t), 3) for name, t in times.items()}
 
 
@@ -97,18 +147,6 @@ def sinabs_lif():
 REFEREES = {"spikingjelly": spikingjelly_lif, "snntorch": snntorch_lif, "norse": norse_lif, "sinabs": sinabs_lif}
 
 
-def installed():
-    found = {}
-    for name, make in REFEREES.items():
-        try:
-            found[name] = make()
-            found[name](torch.rand(2, 2, 3))
-        except Exception as error:                                   # a referee that does not run here is no reason to stop
-            found.pop(name, None)
-            print(f"without {name} ({type(error).__name__}: {str(error).splitlines()[0][:80]}); pip install --no-deps {name}")
-    return found
-
-
 def same_spikes_as_spikingjelly():
     from spikingjelly.activation_based import functional, neuron
     layer = neuron.LIFNode(tau=2.0, decay_input=False, v_reset=0.0, step_mode="m")
@@ -121,32 +159,19 @@ def same_spikes_as_spikingjelly():
 # ---------------------------------------------------------------------------------------------------------
 # (a), (e): one layer
 
-def layers(referees):
-    """Forward + backward of one LIF layer, all implementations; a copy of the five tensors that it has to read or write."""
-    results = {}
-    for shape in ((4, 64, 16, 32, 32), (4, 64, 32, 16, 16), (4, 64, 64, 8, 8)):
-        x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
-        source, target = torch.randn(shape), torch.empty(shape)
-
-        def step(f, x=x, grad=grad):
-            return lambda: torch.autograd.grad(f(x), x, grad)
-
-        def copy(source=source, target=target):
+def layer_step(who, shape):
+    """Forward + backward of one LIF layer; for "copy", a copy of the five tensors that it has to read or write."""
+    shape = tuple(map(int, shape.split("x")))
+    x, grad, target = torch.randn(shape, requires_grad=True), torch.randn(shape), torch.empty(shape)
+    if who == "copy":
+        def copy():
             for _ in range(3):                    # x, grad, x read; spikes, grad_x written: 5 tensors; three copies move 6
-                target.copy_(source)
-        functions = {"ours": step(LIF()), "reference loop": step(lif_reference), "copy": copy}
-        for name, f in referees.items():
-            functions[name] = step(f)
-            if results:                           # compiled only at the first shape: it takes minutes
-                continue
-            try:
-                compiled = torch.compile(f)
-                compiled(x)
-                functions[f"{name} compiled"] = step(compiled)
-            except Exception:
-                print(f"  {name} does not run under torch.compile")
-        results["x".join(map(str, shape))] = interleaved(functions)
-    return results
+                target.copy_(grad)
+        return copy
+    name, _, compiled = who.partition("+")
+    f = {"ours": LIF, "reference": lambda: lif_reference}.get(name) or REFEREES[name]
+    f = torch.compile(f()) if compiled else f()
+    return lambda: torch.autograd.grad(f(x), x, grad)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -205,12 +230,15 @@ def ours(width=16, T=4):
     return build_model("resnet19", 10, T=T, width=width)
 
 
-def training_step(model, amp, batch=64):
-    x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
+NETWORKS = {"ours": ours, "spikingjelly": JellyResNet19}
+
+
+def training_step(who, dtype, batch=64, size=32, **network):
+    model, x, y = NETWORKS[who](**network), torch.rand(batch, 3, size, size), torch.randint(10, (batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = F.cross_entropy(model(x).float(), y)
         optimizer.zero_grad()
         loss.backward()
@@ -218,53 +246,43 @@ def training_step(model, amp, batch=64):
     return step
 
 
-def evaluation(model, amp, batch=256):
-    x = torch.rand(batch, 3, 32, 32)
-    model.eval()
+def convolutions_step(who, dtype, batch=64):
+    """Nothing but the convolutions of our training step, forward and backward, on inputs of the same shapes and layout."""
+    model, calls = NETWORKS[who](), []
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda m, inputs, out: calls.append((m, inputs[0].detach().to(out.dtype), torch.ones_like(out))))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
+        model(torch.rand(batch, 3, 32, 32))
 
     def step():
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for m, x, grad in calls:
+            x, weight = x.requires_grad_(x.shape[1] > 3), m.weight.detach().to(x.dtype).requires_grad_()
+            out = F.conv2d(x, weight, None, m.stride, m.padding)
+            torch.autograd.grad(out, [weight, x] if x.requires_grad else weight, grad)
+    return step
+
+
+def evaluation(who, dtype, batch=256):
+    model, x = NETWORKS[who]().eval(), torch.rand(batch, 3, 32, 32)
+
+    def step():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             model(x)
     return step
 
 
-def peak_memory(kind):
-    """MiB above an idle process that has imported torch, in a fresh process that trains 3 steps in float32."""
-    done = subprocess.run([sys.executable, __file__, "--memory-of", kind], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def epoch(who, dtype, images, T):
+    """A training pass over so many images, batch 32, 16x16 pixels."""
+    step = training_step(who, dtype, batch=32, size=16, width=8, T=int(T))
+
+    def run():
+        for _ in range(int(images) // 32):
+            step()
+    return run
 
 
-def peak():
-    """Peak resident memory of this process in MiB, from Linux; ru_maxrss would count the parent's as well."""
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-
-
-def memory_of(kind):
-    idle = peak()
-    badsnn.keep_memory() if kind == "ours" else None
-    step = training_step(ours() if kind == "ours" else JellyResNet19(), amp=False)
-    for _ in range(3):
-        step()
-    print(peak() - idle)
-
-
-def scaling(amp):
-    """Milliseconds of a training pass over n images, batch 32, 16x16 pixels: 4 sizes at T = 4, then 4 T at 128 images."""
-    def epoch(n, T):
-        model = ours(8, T)
-        x, y = torch.rand(32, 3, 16, 16), torch.randint(10, (32,))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-
-        def run():
-            for _ in range(n // 32):
-                with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                    loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        return run
-    return {"images": interleaved({n: epoch(n, 4) for n in (64, 128, 256, 512)}),
-            "T": interleaved({T: epoch(128, T) for T in (2, 4, 8, 16)})}
+KINDS = {"layer": layer_step, "train": training_step, "convolutions": convolutions_step, "evaluate": evaluation, "epoch": epoch}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -300,76 +318,101 @@ def deepfool_against_torchattacks(images=64):
             int(theirs_turned.sum())], "mean L2 where both turn": l2, "speed-up": round(theirs_seconds / ours_seconds, 1)}
 
 
+# ---------------------------------------------------------------------------------------------------------
+# (h): what bfloat16 costs in accuracy
+
+def accuracy(seeds=3):
+    """Accuracy in percent on digits of clean models, three seeds each, in bfloat16 and in float32."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype, amp in (("bfloat16", "on"), ("float32", "off")):
+            for seed in range(seeds):
+                data, a = badsnn.prepare(badsnn.get_args(["attack", "--amp", amp, "--seed", str(seed), "--runs", folder]))
+                model = badsnn.train(data, a)
+                found.setdefault(dtype, []).append(badsnn.evaluate(model, data, a, V_THR_N, TAU_N)["ca"])
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory-of", choices=("ours", "spikingjelly"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path("results"))
     a = parser.parse_args()
-    if a.memory_of:
-        return memory_of(a.memory_of)
-    badsnn.keep_memory()
+    if a.serve:
+        torch.set_num_threads(a.threads)
+        return serve(a.serve)
     amp, cores = badsnn.cpu_has_bfloat16(), os.cpu_count()
+    best = "bfloat16" if amp else "float32"
     result = {"torch": torch.__version__, "cores": cores, "bfloat16 in hardware": amp, "repeats": REPEATS}
-    referees = installed()
-    if "spikingjelly" in referees:
+    try:
         same_spikes_as_spikingjelly()
+    except ImportError as error:
+        print(f"without spikingjelly ({error}); pip install --no-deps spikingjelly loguru")
     for threads in sorted({1, min(2, cores)}):
-        torch.set_num_threads(threads)
-        result[f"layer, {threads} thread(s), ms"] = layers(referees)
-        functions = {"ours float32": training_step(ours(), False)}
-        if amp:
-            functions["ours bfloat16"] = training_step(ours(), True)
-        evaluations = {"ours": evaluation(ours(), amp)}
-        if "spikingjelly" in referees:
-            functions["spikingjelly float32"] = training_step(JellyResNet19(), False)
-            evaluations["spikingjelly float32"] = evaluation(JellyResNet19(), False)
-            if amp:
-                functions["spikingjelly bfloat16"] = training_step(JellyResNet19(), True)
-        result[f"training step, {threads} thread(s), ms"] = interleaved(functions)
-        result[f"evaluation of 256 images, {threads} thread(s), ms"] = interleaved(evaluations)
+        for shape in ("4x64x16x32x32", "4x64x32x16x16", "4x64x64x8x8"):
+            who = ["ours", "reference", "copy", *REFEREES, *([f"{name}+compiled" for name in REFEREES] if shape.endswith("32x32") else [])]
+            result[f"layer {shape}, {threads} thread(s), ms"] = interleaved([f"layer {w} {shape}" for w in who], threads)
+        memory, dtypes = {}, ["float32", *(["bfloat16"] if amp else [])]
+        result[f"training step, {threads} thread(s), ms"] = interleaved(
+            [f"train {who} {dtype}" for who in NETWORKS for dtype in dtypes] + [f"convolutions ours {dtype}" for dtype in dtypes],
+            threads, memory)
+        result[f"evaluation of 256 images, {threads} thread(s), ms"] = interleaved(
+            [f"evaluate ours {best}", "evaluate spikingjelly float32"], threads)
         print(json.dumps({k: v for k, v in result.items() if f"{threads} thread" in k}, indent=1), flush=True)
-    result["peak memory, MiB"] = {kind: round(peak_memory(kind)) for kind in ("ours", *(["spikingjelly"] * ("spikingjelly" in referees)))}
-    result["scaling, ms per epoch"] = scaling(amp)
+    result["peak memory, MiB"] = memory
+    result["epoch of n images in T steps, ms"] = {
+        "images": interleaved([f"epoch ours {best} {n} 4" for n in (64, 128, 256, 512)], threads),
+        "T": interleaved([f"epoch ours {best} 128 {T}" for T in (2, 4, 8, 16)], threads)}
+    badsnn.keep_memory()
     try:
         result["deepfool, ours and torchattacks"] = deepfool_against_torchattacks()
     except ImportError:
         print("without torchattacks; pip install --no-deps torchattacks")
-    result["summary"] = summary(result, min(2, cores), amp)
+    if amp:
+        result["accuracy on digits, percent, one per seed"] = accuracy()
+    result["summary"] = summary(result, threads, best)
     for what, value in result["summary"].items():
         print(f"{what}: {value}")
     badsnn.write_json(a.results / "benchmark.json", result)
 
 
-def summary(r, threads, amp):
+def summary(r, threads, best):
     """The ratios that matter, in words."""
-    layer, lines = r[f"layer, {threads} thread(s), ms"]["4x64x16x32x32"], {}
-    plain = {n: t for n, t in layer.items() if n in REFEREES}
-    compiled = {n: t for n, t in layer.items() if n.endswith("compiled")}
-    loop = layer["reference loop"] / layer["ours"]
-    lines["LIF layer, forward + backward, 4x64x16x32x32"] = f"{layer['ours']:.1f} ms; reference loop {loop:.1f}x slower"
-    for title, others in (("fastest library", plain), ("fastest library under torch.compile", compiled)):
+    shape = "4x64x16x32x32"
+    layer = {name.split()[1]: t for name, t in r[f"layer {shape}, {threads} thread(s), ms"].items()}
+    step, evaluated = r[f"training step, {threads} thread(s), ms"], r[f"evaluation of 256 images, {threads} thread(s), ms"]
+    lines = {f"LIF layer, forward + backward, {shape}":
+             f"{layer['ours']:.1f} ms; reference loop {layer['reference'] / layer['ours']:.1f}x slower"}
+    for title, others in (("fastest library", [n for n in layer if n in REFEREES]),
+                          ("fastest library under torch.compile", [n for n in layer if n.endswith("+compiled")])):
         if others:
-            name = min(others, key=others.get)
-            lines[f"LIF layer, {title}"] = f"{name}, {others[name] / layer['ours']:.1f}x slower"
+            name = min(others, key=layer.get)
+            lines[f"LIF layer, {title}"] = f"{name.partition('+')[0]}, {layer[name] / layer['ours']:.1f}x slower"
     lines["LIF layer, a copy of the same bytes"] = f"{layer['ours'] / (layer['copy'] * 5 / 6):.1f}x the copy"
-    step, evaluation_ = r[f"training step, {threads} thread(s), ms"], r[f"evaluation of 256 images, {threads} thread(s), ms"]
-    default = step["ours bfloat16" if amp else "ours float32"]
-    lines["ResNet-19 width 16, training"] = f"{64000 / default:.0f} images/s, default settings"
-    if "spikingjelly float32" in step:
-        ratios = [f"{step['spikingjelly float32'] / default:.1f}x default against float32",
-                  f"{step['spikingjelly float32'] / step['ours float32']:.1f}x float32"]
-        ratios += [f"{step['spikingjelly bfloat16'] / step['ours bfloat16']:.1f}x bfloat16"] if amp else []
+    default = step[f"train ours {best}"]
+    lines["ResNet-19 width 16, training"] = (f"{64000 / default:.0f} images/s, default settings; "
+                                             f"{100 * step[f'convolutions ours {best}'] / default:.0f} % of the time is convolution")
+    if "train spikingjelly float32" in step:
+        theirs = {dtype: step.get(f"train spikingjelly {dtype}") for dtype in ("float32", "bfloat16")}
+        ratios = [f"{theirs['float32'] / default:.1f}x default against float32",
+                  f"{theirs['float32'] / step['train ours float32']:.1f}x float32"]
+        ratios += [f"{theirs['bfloat16'] / step['train ours bfloat16']:.1f}x bfloat16"] if theirs["bfloat16"] else []
         lines["the same on SpikingJelly, slower by"] = ", ".join(ratios)
-        memory = r["peak memory, MiB"]
-        lines["peak memory of float32 training"] = f"{memory['ours']} MiB against SpikingJelly's {memory['spikingjelly']} MiB"
-        speeds = [f"{256000 / t:.0f}" for t in (evaluation_["ours"], evaluation_["spikingjelly float32"])]
+        memory = [r["peak memory, MiB"][f"train {who} float32"] for who in NETWORKS]
+        lines["peak memory of float32 training"] = f"{memory[0]} MiB against SpikingJelly's {memory[1]} MiB"
+        speeds = [f"{256000 / evaluated[name]:.0f}" for name in (f"evaluate ours {best}", "evaluate spikingjelly float32")]
         lines["evaluation, images/s"] = f"{speeds[0]}, SpikingJelly {speeds[1]}"
     if "deepfool, ours and torchattacks" in r:
         d = r["deepfool, ours and torchattacks"]
         ours_l2, theirs_l2 = d["mean L2 where both turn"]
-        lines["DeepFool, 64 images of 32x32, torchattacks"] = f"{d['speed-up']:.0f}x slower; mean L2 {ours_l2:.3f} (ours), {theirs_l2:.3f}"
-    for what, times in r["scaling, ms per epoch"].items():
-        lines[f"cost per epoch against {what}"] = ", ".join(f"{k}: {t:.0f} ms" for k, t in times.items())
+        lines["DeepFool, 64 images of 32x32, torchattacks"] = f"{d['speed-up']:.1f}x slower; mean L2 {ours_l2:.3f} (ours), {theirs_l2:.3f}"
+    for what, times in r["epoch of n images in T steps, ms"].items():
+        lines[f"cost per epoch against {what}"] = ", ".join(f"{name.split()[3 if what == 'images' else 4]}: {t:.0f} ms"
+                                                            for name, t in times.items())
+    if "accuracy on digits, percent, one per seed" in r:
+        lines["accuracy on digits, three seeds"] = "; ".join(f"{dtype} {sum(v) / len(v):.1f} ({', '.join(f'{x:.1f}' for x in v)})"
+                                                            for dtype, v in r["accuracy on digits, percent, one per seed"].items())
     return lines
 
 

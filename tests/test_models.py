@@ -60,6 +60,13 @@ def test_forward_is_stateless_and_per_sample(name):
         assert torch.allclose(logits[1:2], model(x[1:2]), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["resnet19", "vgg16"])
+def test_images_of_odd_size(name):
+    model = build_model(name, 5, T=2, width=4)
+    model(torch.rand(2, 3, 18, 21)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_settings_per_sample_reach_the_network():
     """One mixed pass gives each row what it gets alone at its own setting; a high threshold silences the network."""
     torch.manual_seed(0)

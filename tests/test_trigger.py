@@ -189,6 +189,11 @@ def test_generator_learns_one_batch_and_reloads(tmp_path):
     assert torch.equal(optimized_trigger(x, again.eval(), 1), out)
 
 
+def test_generator_on_images_of_odd_size():
+    x = torch.rand(2, 3, 18, 21)
+    assert optimized_trigger(x, UNet(5, (18, 21)).eval(), target=3).shape == x.shape
+
+
 def test_wanted_perturbations_lead_to_the_target():
     torch.manual_seed(0)
     model, x = build_model("resnet19", 3, T=2, width=4), torch.rand(10, 3, 16, 16)
