@@ -73,8 +73,8 @@ EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_si
 PRESETS = {
     "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0), margin=4.0,
                    v_thr_t=1.3, v_thr_o=1.12, magnitude=0.9, v_thr_d=1.12, v_thr_a=(1.0, 1.05, 1.1, 1.12, 1.15, 1.2)),
-    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, v_thr_t=1.2, v_thr_o=1.05,
-                    v_thr_d=1.05, v_thr_a=(1.0, 1.03, 1.05, 1.08, 1.1, 1.15, 1.2)),
+    "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, v_thr_t=1.2, v_thr_o=1.07,
+                    v_thr_d=1.07, v_thr_a=(1.0, 1.05, 1.06, 1.07, 1.08, 1.1, 1.15, 1.2)),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, magnitude=0.7,
                   v_thr_d=1.2),

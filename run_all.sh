@@ -26,7 +26,7 @@ fi
 started=$SECONDS
 if [ "${1:-}" = test ]; then
     shift
-    echo "Running the tests: about 4 minutes on 2 cores."
+    echo "Running the tests: 4 to 7 minutes on 2 cores."
     "$python" -m pytest -q tests "$@"
 elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     dataset=$1
