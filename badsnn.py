@@ -820,7 +820,8 @@ def table2(results):
     lines = ["| data, attack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for path in sorted(results.glob("*/defend.json"), key=lambda path: [*PRESETS, path.parent.name].index(path.parent.name)):
         r = json.loads(path.read_text())
-        lines.append(f"| **{r['dataset']}**: {r['model']} width {r['width']}, {r['n_train']:,} samples, seed {r['seed']}, threads: {r['threads']}, BadSNN at V_a "
+        lines.append(f"| **{r['dataset']}**: {r['model']} width {r['width']}, {r['n_train']:,} samples, seed {r['seed']}, "
+                     f"threads: {r['threads']}, BadSNN at V_a "
                      f"{r['v_thr_d']:g}, the defender has {r['n_defender']} images, clean model {r['clean_ca']:.1f}, "
                      f"{r['seconds'] / 60:.0f} min"
                      + " |" * (len(names) + 1))
