@@ -11,6 +11,7 @@ medians of at least 9 turns are compared (machines are noisy, ratios less so). F
 of images and T; (g) DeepFool against torchattacks'; (h) accuracy on digits in bfloat16 and in float32.
 """
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -42,16 +43,19 @@ class Subject:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
 
     def __call__(self):
-        """Raises ValueError where the process could not run it."""
-        try:
+        """Raises ValueError, with the reason, where the process could not run it."""
+        with contextlib.suppress(BrokenPipeError):                   # it has ended; its last line says why
             print(file=self.process.stdin, flush=True)
-            milliseconds, self.peak = map(float, self.process.stdout.readline().split())
-        except (ValueError, BrokenPipeError):
-            raise ValueError("it does not run here") from None
+        answer = self.process.stdout.readline().strip()
+        try:
+            milliseconds, self.peak = map(float, answer.split())
+        except ValueError:
+            raise ValueError(answer or "its process ended") from None
         return milliseconds
 
     def stop(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -61,11 +65,14 @@ def serve(name):
     if "ours" in name:
         badsnn.keep_memory()            # as our command line does; the others run as their documentation has it
     kind, *rest = name.split()
-    step = KINDS[kind](*rest)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        step()
-        print(1000 * (time.perf_counter() - started), peak() - idle, flush=True)
+    try:
+        step = KINDS[kind](*rest)
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            step()
+            print(1000 * (time.perf_counter() - started), peak() - idle, flush=True)
+    except Exception as error:          # a referee that is not installed, or does not run here, is no reason to stop
+        print(f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:80]}", flush=True)
 
 
 def peak():
@@ -74,7 +81,7 @@ def peak():
 
 
 def interleaved(names, threads, memory=None):
-    """Median milliseconds of the subjects named, measured in turns after two rounds of warm-up; {} entries that do not run are left out.
+    """Median milliseconds of the subjects named, measured in turns after two rounds of warm-up; those that do not run are left out.
     memory: a dict that receives their peak memory in MiB above a process that has only imported torch."""
     subjects, times = {name: Subject(name, threads) for name in names}, {}
     for turn in range(REPEATS + 2):
@@ -83,7 +90,7 @@ def interleaved(names, threads, memory=None):
                 milliseconds = subject()
                 times.setdefault(name, []).extend([milliseconds] * (turn >= 2))
             except ValueError as error:
-                print(f"  without {name}: {error}")
+                print(f"  without {name} ({error})")
                 subjects.pop(name).stop()
                 times.pop(name, None)
     for name, subject in subjects.items():
