@@ -66,13 +66,14 @@ T_O_SETTINGS = ("v_thr_o", "adversarial_setting", "lambdas", "epochs_o", "n_o")
 
 # Table 1's settings per data set, then ours (the paper gives no epochs, learning rates or q). `seeds` runs are averaged.
 IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0, epochs=30, batch_size=128, lr=0.1,
-              optimizer="sgd", loss="ce", pad=4, flip=False, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1,
-              lambdas=(1.0, 0.1, 1.0), epochs_o=8, v_thr_o=1.1, magnitude=1.0, margin=8.0, v_thr_d=1.1,
+              optimizer="sgd", loss="ce", pad=4, flip=False, contrast=0.0, malicious_rows=8, malicious_weight=0.3, warmup=2, seeds=1,
+              lambdas=(1.0, 0.1, 1.0), epochs_o=8, v_thr_o=1.1, magnitude=1.0, margin=8.0, v_thr_d=1.1, defense_lr=0.01,
               v_thr_a=(1.0, 1.05, 1.1, 1.15, 1.2))
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
-    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, seeds=3, lambdas=(1.0, 1.0, 1.0), margin=4.0,
-                   v_thr_t=1.3, v_thr_o=1.12, magnitude=0.9, v_thr_d=1.12, v_thr_a=(1.0, 1.05, 1.1, 1.12, 1.15, 1.2)),
+    # contrast: T_p makes images grey and pale, and what a network says of grey is chance unless it has seen some in training
+    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, contrast=0.6, seeds=3, lambdas=(1.0, 1.0, 1.0),
+                   q=8.0, epochs_o=32, v_thr_o=1.15, v_thr_d=1.15, defense_lr=0.1),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, v_thr_t=1.2, v_thr_o=1.07,
                     v_thr_d=1.07, v_thr_a=(1.0, 1.05, 1.06, 1.07, 1.08, 1.1, 1.15, 1.2)),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
@@ -108,6 +109,8 @@ def train(data, a, attack=None):
                                                    pct_start=0.15, cycle_momentum=False)
 
     reference = train(data, a) if attack == "clean_label" else None
+    if attack in BASELINES:     # a mark as faint as Blended's is not learned from images that lose contrast at random
+        a = SimpleNamespace(**{**vars(a), "contrast": 0.0})
     config = training_config(name, data, a, attack, model, reference)
     path = checkpoint_path(config, a)
     history = []
@@ -156,7 +159,7 @@ def train(data, a, attack=None):
             if attack == "wanet":
                 x, y = wanet_batch(x, y, a, model.field, local)
             if a.augment:
-                x = augment(x, a.pad, a.flip, local)
+                x = augment(x, a.pad, a.flip, a.contrast, local)
             # 2. ONE forward pass over both: every sample has its own neuron setting, S_n or S_t
             v_thr = torch.tensor([V_THR_N] * n + [a.v_thr_t] * len(drawn), device=a.device)
             tau = torch.tensor([TAU_N] * n + [a.tau_t] * len(drawn), device=a.device)
@@ -517,7 +520,7 @@ def defend(data, a):
     x, y = to_float(data.x_test[order[:held]].to(a.device), a), data.y_test[order[:held]].to(a.device)
     scored = SimpleNamespace(**{**vars(data), "x_test": data.x_test[order[held:]], "y_test": data.y_test[order[held:]]})
     clean, rows, detectors = train(data, a), [], []
-    for attack in ("badsnn", *BASELINES):
+    for attack in a.attacks:
         model = train(data, a, attack)
         model, triggers = deployed(attack, model, data, a)
         say(f"\n{attack}, deployed at v_thr {a.v_thr_d if attack == 'badsnn' else V_THR_N:g}; the defender has {held} of {n} test images\n"
@@ -538,8 +541,8 @@ def defend(data, a):
                 f"{detectors[-1]['spikes_triggered']:,.0f})")
     say("\nASR: T_o's for badsnn (ASR_p: T_p's). ASR and target_rate: percent predicted as the target, with and without the trigger.")
     write_json(a.results / result_name(data.name) / "defend.json",
-               dict(settings(data, a), v_thr_d=a.v_thr_d, tau_a=a.tau_a, baseline_ratio=a.baseline_ratio, n_defender=held,
-                    clean_ca=evaluate(clean, scored, a, V_THR_N, TAU_N)["ca"], rows=rows, detectors=detectors,
+               dict(settings(data, a), v_thr_d=a.v_thr_d, tau_a=a.tau_a, baseline_ratio=a.baseline_ratio, defense_lr=a.defense_lr,
+                    n_defender=held, clean_ca=evaluate(clean, scored, a, V_THR_N, TAU_N)["ca"], rows=rows, detectors=detectors,
                     seconds=round(time.time() - started, 1)))
 
 
@@ -558,9 +561,11 @@ def deployed(attack, model, data, a):
 def defend_cell(attack, defense, model, clean, triggers, x, y, scored, a):
     """One cell of Table 2: repairs the model with the defender's images x, y and scores it at its own neuron setting."""
     started = time.time()
-    shift = partial(augment, pad=a.pad, flip=a.flip, generator=torch.Generator().manual_seed(a.seed)) if a.augment else None
+    generator = torch.Generator().manual_seed(a.seed)
+    shift = partial(augment, pad=a.pad, flip=a.flip, contrast=0.0, generator=generator) if a.augment else None
+    tuned = dict(lr=a.defense_lr) if defense in ("fine_tune", "nad") else {}
     with torch.autocast(a.device.type, torch.bfloat16, enabled=a.amp, cache_enabled=False):    # weights change, so no cache of them
-        repaired = DEFENSES[defense](model, x, y, augment=shift, seed=a.seed)
+        repaired = DEFENSES[defense](model, x, y, augment=shift, seed=a.seed, **tuned)
     v_thr, tau = (a.v_thr_d, a.tau_a) if attack == "badsnn" and defense != "restore" else (V_THR_N, TAU_N)
     rates = {name: asr(repaired, scored, a, None, None, trigger) for name, trigger in triggers.items()}
     row = dict(attack=attack, defense=defense, trigger=next(iter(rates)), v_thr=v_thr, tau=tau, **evaluate(repaired, scored, a, None, None),
@@ -585,7 +590,8 @@ def detect(attack, name, model, trigger, x, scored, a, most=256):
 
 def kept_cell(name, inputs, a, run):
     """The result of run(), or what it was when everything that decides it (models, tensors, settings) was the same."""
-    keys = "n_test target pad flip augment amp".split() + ("v_thr_d tau_a q magnitude".split() if name.startswith("badsnn") else [])
+    keys = "n_test target pad flip augment amp defense_lr".split()
+    keys += "v_thr_d tau_a q magnitude".split() if name.startswith("badsnn") else []
     config = dict(name=name, inputs=[fingerprint_of(i) for i in inputs], **{key: getattr(a, key) for key in keys})
     path = checkpoint_path(dict(config, dataset=f"{result_name(a.dataset)}/cells", seed=a.seed), a).with_suffix(".json")
     if a.resume and path.exists():
@@ -778,12 +784,13 @@ def table1(found):
     """Markdown: one row per data set and V_a, ours beside the paper's."""
     lines = ["| data, network | V_a | CA | target_rate | ASR_p | ASR_p, clean model | ASR_o | ASR_o, clean model "
              "| paper: CA / ASR_p / ASR_o |", "|---|---|---|---|---|---|---|---|---|"]
-    for name in sorted(found, key=list(PRESETS).index if set(found) <= set(PRESETS) else None):
+    known = [name for preset in PRESETS for name in (preset, f"{preset}-binary") if name in found]
+    for name in [*known, *sorted(set(found) - set(known))]:
         r = found[name]
         clean, base, paper = PAPER.get(name, (None, None, {}))
         sizes = (f"{r['model']} width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, "
                  f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, "
-                 f"{r['seconds'] / 60:.0f} min")
+                 f"{r['seconds'] / 60:.0f} min on {r['threads']} thread{'s' * (r['threads'] > 1)}")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
         lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | {theirs} |")
         for row in r["rows"]:
@@ -825,12 +832,13 @@ def table2(results):
                      f"{r['v_thr_d']:g}, the defender has {r['n_defender']} images, clean model {r['clean_ca']:.1f}, "
                      f"{r['seconds'] / 60:.0f} min"
                      + " |" * (len(names) + 1))
-        for attack in ("badsnn", *BASELINES):
+        for attack in dict.fromkeys(row["attack"] for row in r["rows"]):
             rows = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
             for key in ("asr", "asr_p") if rows["none"]["trigger"] == "T_o" else ("asr",):
                 cells = [f"{row['ca']:.1f} / {row[key]:.1f} / {row['target_rate']:.1f}" + " †" * row["destroyed"]
                          for row in map(rows.get, names)]
-                trigger = f" ({'T_p' if key == 'asr_p' else rows['none']['trigger']})" if attack == "badsnn" else ""
+                trigger = "T_p" if key == "asr_p" else rows["none"]["trigger"]
+                trigger = f" ({trigger})" * (trigger != attack)
                 lines.append(f"| {attack}{trigger} | " + " | ".join(cells) + " |")
             if r["dataset"] in PAPER_DEFENSES:
                 theirs = PAPER_DEFENSES[r["dataset"]][attack].split()
@@ -996,8 +1004,9 @@ def figure_plif(r, path):
 def figure_defend(r, path):
     """Table 2 as a picture: CA and ASR of every attack after every defence; below, what two detectors see."""
     plt = pyplot()
-    attacks, names = ["badsnn", *BASELINES], list(DEFENSES)
-    figure, axes = plt.subplots(1, len(attacks) + 1, figsize=(12.5, 2.9), layout="constrained", width_ratios=[1] * len(attacks) + [1.15])
+    attacks, names = list(dict.fromkeys(row["attack"] for row in r["rows"])), list(DEFENSES)
+    figure, axes = plt.subplots(1, len(attacks) + 1, figsize=(4 + 1.7 * len(attacks), 2.9), layout="constrained",
+                                width_ratios=[1] * len(attacks) + [1.15])
     place = np.arange(len(names))[::-1]
     for axis, attack in zip(axes, attacks):
         rows = [next(row for row in r["rows"] if (row["attack"], row["defense"]) == (attack, name)) for name in names]
@@ -1008,7 +1017,7 @@ def figure_defend(r, path):
             if row["destroyed"]:
                 axis.text(101, y, "destroyed", fontsize=7, ha="right", va="center")
         axis.set(xlim=(0, 101), yticks=place, yticklabels=names if attack == attacks[0] else [], xlabel="percent",
-                 title=attack + f" ({rows[0]['trigger']})" * (attack == "badsnn"))
+                 title=attack + f" ({rows[0]['trigger']})" * (rows[0]["trigger"] != attack))
         axis.tick_params(axis="y", length=0)
     labels = [f"{d['attack']} {d['trigger']}" if d["attack"] == "badsnn" else d["attack"] for d in r["detectors"]]
     place = np.arange(len(labels))[::-1]
@@ -1049,7 +1058,7 @@ def save_figure(figure, path):
 def settings(data, a):
     """What a result must carry to mean anything."""
     keys = ("model width T neuron epochs batch_size lr seed seeds target poison_ratio v_thr_t tau_t malicious_rows malicious_weight "
-            "warmup amp").split()
+            "warmup contrast amp").split()
     images = not data.events
     keys += [*T_O_SETTINGS, "magnitude"] if images else []
     return dict(dataset=result_name(data.name), note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
@@ -1084,7 +1093,7 @@ def write_json(path, result, quiet=False):
 
 def training_config(name, data, a, attack, model, reference):
     """Everything that decides the trained weights, the fresh ones included; a checkpoint is used only if all of it is equal."""
-    keys = "model width T neuron epochs batch_size lr optimizer loss augment pad flip seed amp frames".split()
+    keys = "model width T neuron epochs batch_size lr optimizer loss augment pad flip contrast seed amp frames".split()
     keys += "target poison_ratio v_thr_t tau_t malicious_rows malicious_weight warmup".split() if attack == "badsnn" else []
     keys += ["target", "baseline_ratio"] if attack in BASELINES else []
     more = {} if reference is None else dict(reference=fingerprint(*reference.state_dict().values()))
@@ -1182,6 +1191,9 @@ def get_args(argv=None):
     for name, text in (("attack", "Table 1's row of a data set"), ("defend", "Table 2's rows of a data set"),
                        ("ablate", "one of the paper's figures")):
         command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if name == "defend":
+            every = ["badsnn", *BASELINES]
+            command.add_argument("--attacks", nargs="+", choices=every, default=every, metavar="V", help="rows of Table 2")
         if name == "ablate":
             command.add_argument("--study", choices=tuple(STUDIES), required=True,
                                  help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; trigger: T_o's presets")
@@ -1228,6 +1240,7 @@ OPTIONS = {      # flag, type, default (None: the preset), help
                ("--n-o", int, 600, "training images that T_o learns from"),
                ("--magnitude", float, None, "factor on T_o's output"),
                ("--v-thr-d", float, None, "threshold at which defend deploys BadSNN"),
+               ("--defense-lr", float, None, "learning rate of the defences fine-tuning and NAD"),
                ("--baseline-ratio", float, 0.05, "share of the training set that a baseline attack poisons"),
                ("--margin", float, None, "the chosen V_a may cost so many points of CA"),
                ("--malicious-rows", int, None, "malicious samples per step"),
@@ -1238,7 +1251,8 @@ OPTIONS = {      # flag, type, default (None: the preset), help
                  ("--lr", float, None, "peak learning rate"),
                  ("--seed", int, 0, "first seed"),
                  ("--seeds", int, None, "number of seeds to average"),
-                 ("--no-augment", bool, False, "no random shifts and flips"),
+                 ("--contrast", float, None, "augmentation: lift black by up to this share, scale the rest by 1 minus it or more"),
+                 ("--no-augment", bool, False, "no random shifts, flips and contrast"),
                  ("--device", str, "auto", "auto, cpu, cuda, ... (auto: cuda if there is one)"),
                  ("--amp", ("auto", "on", "off"), "auto", "bfloat16: auto is where the hardware has it"),
                  ("--fresh", bool, False, "train anew; the default resumes from runs/"),
@@ -1260,16 +1274,18 @@ def prepare(a):
     at_least = {"T": 1, "epochs": 1, "batch_size": 1, "width": 1, "seeds": 1, "seed": 0, "n_train": 2, "n_test": 1, "malicious_rows": 1,
                 "malicious_weight": 0, "warmup": 0, "beta": 0, "margin": 0,
                 "epochs_o": 1, "n_o": 1, "magnitude": 0}
-    for name in (*at_least, "q", "lr", "poison_ratio", "baseline_ratio"):
+    for name in (*at_least, "q", "lr", "defense_lr", "poison_ratio", "baseline_ratio", "contrast"):
         value, flag = getattr(a, name), "--" + name.replace("_", "-")
         if value is None:
             continue
         if name in at_least and not at_least[name] <= value < float("inf"):
             raise ValueError(f"{flag} must be at least {at_least[name]}, not {value}")
-        if name in ("q", "lr") and not 0 < value < float("inf"):
+        if name in ("q", "lr", "defense_lr") and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be greater than 0, not {value}")
         if name in ("poison_ratio", "baseline_ratio") and not 0 < value <= 1:
             raise ValueError(f"{flag} must lie in (0, 1], not {value}")
+        if name == "contrast" and not 0 <= value < 1:
+            raise ValueError(f"{flag} must lie in [0, 1), not {value}")
     if a.resume and a.fresh:
         raise ValueError("--resume and --fresh exclude each other")
     a.resume = not a.fresh
@@ -1284,6 +1300,8 @@ def prepare(a):
             raise ValueError(f"cannot write to {folder}: {existing} is not a writable folder")
 
     data = datasets.load(a.dataset, a.data, a.T)
+    if data.events and a.frames == "binary":
+        data.name = f"{result_name(data.name)}-binary"      # results and checkpoints of its own
     preset = PRESETS.get(a.dataset) or (EVENTS if data.events else IMAGES)
     for key, value in preset.items():
         if getattr(a, key, None) is None:

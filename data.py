@@ -222,8 +222,12 @@ def _brightness(images, corner):
     return (canvas[:, :SENSOR[1], :SENSOR[0]] + 0.1).log()
 
 
-def augment(x, pad, flip, generator):
-    """Random shift by up to `pad` pixels and, if `flip`, mirroring: [B, ..., H, W] of any dtype, one draw per sample."""
+def augment(x, pad, flip, contrast, generator):
+    """Random shift by up to `pad` pixels, mirroring if `flip`, and less contrast if `contrast` > 0: [B, ..., H, W], one draw per sample.
+
+    contrast in [0, 1): black is lifted by up to that share of the whole range, and what remains of the range is scaled by at least
+    1 - contrast. x: uint8 in 0..255 or float in [0, 1].
+    """
     B, (H, W) = len(x), x.shape[-2:]
     padded = F.pad(x.flatten(1, -3), (pad,) * 4)
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=generator).to(x.device)
@@ -234,7 +238,13 @@ def augment(x, pad, flip, generator):
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     sample = torch.arange(B, device=x.device).view(B, 1, 1, 1)
     channel = torch.arange(padded.shape[1], device=x.device).view(1, -1, 1, 1)
-    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]].view(x.shape)
+    x = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]].view(x.shape)
+    if contrast:
+        white = 255 if x.dtype == torch.uint8 else 1
+        lift, loss = (contrast * torch.rand(2, B, *[1] * (x.dim() - 1), generator=generator)).to(x.device)
+        lifted = white * lift + (1 - lift) * (1 - loss) * x
+        x = lifted.round().to(x.dtype) if white == 255 else lifted
+    return x
 
 
 def poison_indices(labels, target, poison_ratio, seed):

@@ -113,6 +113,20 @@ def test_defend(workplace, capsys, monkeypatch):
     Path("README.md").write_text("<!-- table2 --><!-- /table2 -->")
     badsnn.main(["report"])
     assert "clean_label" in Path("README.md").read_text() and Path("results/digits/defend.png").stat().st_size > 10_000
+    badsnn.main([*arguments, "--attacks", "badnets"])
+    badsnn.main(["report"])
+    assert "| badnets |" in Path("README.md").read_text() and "badsnn" not in Path("README.md").read_text()
+
+
+def test_baselines_keep_their_contrast(workplace, monkeypatch):
+    """The preset's loss of contrast belongs to BadSNN and the clean model; a baseline is trained, and recorded, without it."""
+    data, a = prepared("--epochs", "1")
+    seen, original = [], badsnn.augment
+    monkeypatch.setattr(badsnn, "augment", lambda x, pad, flip, contrast, generator: (
+        seen.append(contrast), original(x, pad, flip, contrast, generator))[1])
+    for attack in ("badsnn", "badnets"):
+        badsnn.train(data, a, attack)
+    assert a.contrast > 0 and set(seen[:len(seen) // 2]) == {a.contrast} and set(seen[len(seen) // 2:]) == {0.0}
 
 
 def test_poison_is_as_published(workplace, monkeypatch):
@@ -165,6 +179,10 @@ def test_attack_on_events(workplace):
     badsnn.main(["attack", "--dataset", "ndigits", *TINY, "--v-thr-a", "1.1"])
     row = json.loads(Path("results/ndigits/attack.json").read_text())["rows"][0]
     assert row["asr_o"] is None and 0 <= row["asr_clip_only"] <= 100
+    badsnn.main(["attack", "--dataset", "ndigits", *TINY, "--v-thr-a", "1.1", "--frames", "binary"])
+    row = json.loads(Path("results/ndigits-binary/attack.json").read_text())["rows"][0]
+    assert row["asr_clip_only"] == row["target_rate"], "clamped frames are not changed by the clip"
+    badsnn.main(["report"])
 
 
 def prepared(*more):
@@ -290,6 +308,7 @@ def refused(capsys, *arguments):
     (["--v-thr-t", "0"], "v_thr"), (["--v-thr-a", "1.0", "-1"], "v_thr"), (["--tau-t", "1.5"], "tau"), (["--tau-a", "-0.1"], "tau"),
     (["--q", "0"], "--q must"), (["--q", "nan"], "--q must"), (["--beta", "-0.1"], "--beta must"), (["--T", "0"], "--T must"),
     (["--poison-ratio", "0"], "poison-ratio"), (["--poison-ratio", "1.5"], "poison-ratio"), (["--poison-ratio", "0.0001"], "selects none"),
+    (["--contrast", "1"], "--contrast must"), (["--contrast", "-0.1"], "--contrast must"),
     (["--target", "10"], "--target"), (["--target", "-1"], "--target"), (["--epochs", "0"], "--epochs"), (["--lr", "0"], "--lr"),
     (["--batch-size", "x"], "invalid int"), (["--n-train", "99999"], "only"), (["--model", "nmnist_net"], "holds images"),
     (["--dataset", "own.npz"], "no such file"), (["--device", "tpu9"], "not usable"), (["--resume", "--fresh"], "exclude"),

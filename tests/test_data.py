@@ -118,10 +118,10 @@ def test_simulated_sensor():
 
 def test_augment():
     x = torch.arange(2 * 3 * 6 * 6, dtype=torch.uint8).view(2, 3, 6, 6)
-    assert torch.equal(augment(x, 0, False, torch.Generator()), x)
+    assert torch.equal(augment(x, 0, False, 0, torch.Generator()), x)
     seen = set()
     for seed in range(40):
-        for out, image in zip(augment(x, 1, True, torch.Generator().manual_seed(seed)), x):
+        for out, image in zip(augment(x, 1, True, 0, torch.Generator().manual_seed(seed)), x):
             padded = torch.nn.functional.pad(image, (1,) * 4)
             options = {(dy, dx, f): (padded[:, dy:dy + 6, dx:dx + 6].flip(2) if f else padded[:, dy:dy + 6, dx:dx + 6])
                        for dy in range(3) for dx in range(3) for f in (0, 1)}
@@ -130,7 +130,20 @@ def test_augment():
             seen.update(match)
     assert len(seen) == 18
     frames = torch.randint(0, 9, (2, 4, 2, 34, 34), dtype=torch.uint8)
-    assert augment(frames, 1, False, torch.Generator().manual_seed(0)).shape == frames.shape
+    assert augment(frames, 1, False, 0, torch.Generator().manual_seed(0)).shape == frames.shape
+
+
+def test_augment_contrast():
+    """Black is lifted by 0 to 0.5, what is left of the range keeps 0.5 to 1; every pixel of an image the same way; the same in bytes."""
+    ramp = torch.linspace(0, 1, 36).view(1, 1, 6, 6).repeat(200, 1, 1, 1)
+    out = augment(ramp, 0, False, 0.5, torch.Generator().manual_seed(0)).flatten(1)
+    low, high = out.aminmax(dim=1)
+    gain = (high - low) / (1 - low)
+    for value, (least, most) in ((low, (0, 0.5)), (gain, (0.5, 1))):
+        assert least <= value.min() < least + 0.02 and most - 0.02 < value.max() <= most + 1e-6
+    assert torch.allclose(out, low[:, None] + (high - low)[:, None] * ramp.flatten(1), atol=1e-6)
+    stored = (ramp * 255).round().byte()
+    assert (augment(stored, 0, False, 0.5, torch.Generator().manual_seed(0)).flatten(1) / 255 - out).abs().max() < 0.005
 
 
 def test_poison_counts_of_table_1():
