@@ -37,7 +37,7 @@ def test_attack_end_to_end(workplace, capsys):
     for key in ("dataset", "model", "width", "T", "n_train", "n_test", "epochs", "seed", "device", "seconds", "target", "poison_ratio",
                 "n_poison", "q", "v_thr_t", "tau_t", "clean_ca", "base_ca"):
         assert key in result
-    assert (result["n_train"], result["n_test"], result["width"], result["q"]) == (300, 100, 4, 2.0)
+    assert (result["n_train"], result["n_test"], result["width"], result["q"]) == (300, 100, 4, 8.0)
     assert [row["v_thr"] for row in result["rows"]] == [1.0, 1.5]
     for row in result["rows"]:
         assert {"tau", "ca", "target_rate", "asr_p", "asr_o", "asr_p_clean_model"} <= set(row)
@@ -99,7 +99,7 @@ def test_defend(workplace, capsys, monkeypatch):
     assert result["n_defender"] == 100                       # 10 per class, not 5 % of 200
     for row in result["rows"]:
         assert {"v_thr", "ca", "asr", "target_rate", "destroyed"} <= set(row) and 0 <= row["asr"] <= 100
-        assert row["v_thr"] == (1.12 if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
+        assert row["v_thr"] == (1.15 if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
         assert ("asr_clean_model" in row) == (row["defense"] == "none")
     assert {d["attack"] for d in result["detectors"]} == {"badsnn", *badsnn.BASELINES}
     assert all(0 <= d[key] <= 1 for d in result["detectors"] for key in ("strip_auroc", "spikes_auroc"))

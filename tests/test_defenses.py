@@ -147,7 +147,7 @@ def test_unlearning_lowers_the_accuracy():
     x = 0.3 * X
     for k in range(4):                                               # a bright quarter for every class
         x[Y == k, :, 8 * (k // 2):8 * (k // 2) + 8, 8 * (k % 2):8 * (k % 2) + 8] += 0.6
-    model = defenses.fine_tune(model_of(), x, Y, epochs=20, batch=10)
+    model = defenses.fine_tune(model_of(), x, Y, epochs=20, lr=0.1, batch=10)
     accuracy = (model(x).argmax(1) == Y).float().mean()
     unlearned = defenses.unlearn(model, x, Y, lr=0.01, max_epochs=100)
     assert accuracy > 0.6 and (unlearned(x).argmax(1) == Y).float().mean() <= 0.25
