@@ -514,14 +514,16 @@ def defend(data, a):
         raise ValueError(f"defend is about images, as Table 2 is, and {a.dataset} holds events")
     if rank_and_ranks()[1] > 1:
         raise ValueError("defend runs in one process; its models can be trained by several with attack")
-    started, n = time.time(), len(data.y_test)
+    n = len(data.y_test)
     held = min(n // 2, max(math.ceil(0.05 * n), 10 * data.num_classes))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(a.seed))
     x, y = to_float(data.x_test[order[:held]].to(a.device), a), data.y_test[order[:held]].to(a.device)
     scored = SimpleNamespace(**{**vars(data), "x_test": data.x_test[order[held:]], "y_test": data.y_test[order[held:]]})
     clean, rows, detectors = train(data, a), [], []
+    seconds = sum(epoch["seconds"] for epoch in clean.history)      # of the training and the defences, in this run or an earlier one
     for attack in a.attacks:
         model = train(data, a, attack)
+        seconds += sum(epoch["seconds"] for epoch in model.history)
         model, triggers = deployed(attack, model, data, a)
         say(f"\n{attack}, deployed at v_thr {a.v_thr_d if attack == 'badsnn' else V_THR_N:g}; the defender has {held} of {n} test images\n"
             f"{'defense':>10} {'CA':>6} {'target_rate':>11} {'ASR':>6} {'ASR_p':>6} {'sec':>6}")
@@ -531,6 +533,7 @@ def defend(data, a):
             undefended = row if defense == "none" else rows[-list(DEFENSES).index(defense)]
             row["destroyed"] = row["ca"] < undefended["ca"] / 2
             rows.append(row)
+            seconds += row["seconds"]
             say(f"{defense:>10} {row['ca']:6.1f} {row['target_rate']:11.1f} {row['asr']:6.1f} {percent(row['asr_p'])} {row['seconds']:6.1f}"
                 + "  destroyed: CA below half of the undefended" * row["destroyed"])
         for name, trigger in triggers.items():
@@ -543,7 +546,7 @@ def defend(data, a):
     write_json(a.results / result_name(data.name) / "defend.json",
                dict(settings(data, a), v_thr_d=a.v_thr_d, tau_a=a.tau_a, baseline_ratio=a.baseline_ratio, defense_lr=a.defense_lr,
                     n_defender=held, clean_ca=evaluate(clean, scored, a, V_THR_N, TAU_N)["ca"], rows=rows, detectors=detectors,
-                    seconds=round(time.time() - started, 1)))
+                    seconds=round(seconds, 1)))
 
 
 def deployed(attack, model, data, a):

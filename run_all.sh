@@ -27,7 +27,7 @@ started=$SECONDS
 if [ "${1:-}" = test ]; then
     shift
     echo "Running the tests: 4 to 7 minutes on 2 cores."
-    "$python" -m pytest -q tests "$@"
+    "$python" -m pytest -q -p no:logging tests "$@"
 elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     dataset=$1
     shift
