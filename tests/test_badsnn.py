@@ -282,11 +282,13 @@ def test_same_seed_same_model(workplace):
 
 
 def test_evaluation_in_bfloat16_and_float32_agree(workplace):
-    data, a = prepared("--epochs", "6", "--n-train", "1000", "--width", "8", "--amp", "off")
+    """A trained network gives nearly all samples the same class in both; the data are easy, so that training is not a lottery."""
+    data, a = prepared("--epochs", "6", "--n-train", "1000", "--width", "8", "--amp", "off", "--no-augment")
     model = badsnn.train(data, a)
-    off = badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"]
-    a.amp = True
-    assert off > 30 and abs(badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"] - off) <= 8
+    answers = []
+    for a.amp in (False, True):
+        answers.append(badsnn.predict(model, data.x_test, a, 1.0, 0.5))
+    assert len(answers[0].unique()) >= 5 and (answers[0] == answers[1]).float().mean() > 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------
