@@ -72,8 +72,9 @@ IMAGES = dict(model="resnet19", v_thr_t=1.5, tau_t=0.5, poison_ratio=0.05, q=2.0
 EVENTS = dict(IMAGES, model="nmnist_net", poison_ratio=0.03, epochs=30, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
 PRESETS = {
     # contrast: T_p makes images grey and pale, and what a network says of grey is chance unless it has seen some in training
-    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, contrast=0.6, seeds=3, lambdas=(1.0, 1.0, 1.0),
-                   q=8.0, epochs_o=32, v_thr_o=1.15, v_thr_d=1.15, defense_lr=0.1),
+    "digits": dict(IMAGES, epochs=16, batch_size=32, pad=1, contrast=0.6, malicious_rows=32, seeds=3, lambdas=(1.0, 1.0, 1.0),
+                   q=32.0, epochs_o=32, magnitude=0.9, v_thr_o=1.125, v_thr_d=1.125, margin=4.0, defense_lr=0.1,
+                   v_thr_a=(1.0, 1.05, 1.1, 1.125, 1.15, 1.2)),
     "cifar10": dict(IMAGES, poison_ratio=0.02, flip=True, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, v_thr_t=1.2, v_thr_o=1.07,
                     v_thr_d=1.07, v_thr_a=(1.0, 1.05, 1.06, 1.07, 1.08, 1.1, 1.15, 1.2)),
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
@@ -410,8 +411,7 @@ def attack_row(clean, backdoored, generator, data, a, v_thr):
     triggers = main_triggers(data, a)
     row["asr_o"] = None
     for key, trigger in triggers.items():
-        row[key] = asr(backdoored, data, a, v_thr, tau, trigger)
-    row["asr_p_clean_model"] = asr(clean, data, a, v_thr, tau, triggers["asr_p"])
+        row[key], row[f"{key}_clean_model"] = (asr(model, data, a, v_thr, tau, trigger) for model in (backdoored, clean))
     if generator is not None:
         t_o = partial(optimized_trigger, generator=generator, target=a.target, magnitude=a.magnitude)
         row["asr_o"], row["asr_o_clean_model"] = (asr(model, data, a, v_thr, tau, t_o) for model in (backdoored, clean))
@@ -472,7 +472,7 @@ def print_attack(r):
     say(f"{'v_thr':>6} {'tau':>6} | {'CA':>7} {'target_rate':>12} {'ASR_p':>7} {title:>10} {'ASR_o':>7} | "
         f"{'CA':>7} {'target_rate':>11} {'ASR_p':>7} {'ASR_o':>7}")
     for row in r["rows"]:
-        say(f"{row['v_thr']:6.2f} {row['tau']:6.2f} | {row['ca']:7.1f} {row['target_rate']:12.1f} {row['asr_p']:7.1f} {row[control]:10.1f} "
+        say(f"{row['v_thr']:6.3f} {row['tau']:6.2f} | {row['ca']:7.1f} {row['target_rate']:12.1f} {row['asr_p']:7.1f} {row[control]:10.1f} "
             f"{percent(row['asr_o'], 7)} | {row['ca_clean_model']:7.1f} {row['target_rate_clean_model']:11.1f} "
             f"{row['asr_p_clean_model']:7.1f} {percent(row.get('asr_o_clean_model'), 7)}{'  <- chosen' * (row['v_thr'] == r['chosen'])}")
     sizes = [row for row in r["rows"] if row["v_thr"] == r["chosen"] and row.get("l2_o")]
@@ -785,8 +785,8 @@ def report(a):
 
 def table1(found):
     """Markdown: one row per data set and V_a, ours beside the paper's."""
-    lines = ["| data, network | V_a | CA | target_rate | ASR_p | ASR_p, clean model | ASR_o | ASR_o, clean model "
-             "| paper: CA / ASR_p / ASR_o |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| data, network | V_a | CA | target_rate | ASR_p | clean model | T_p re-normalised, or clip alone | clean model "
+             "| ASR_o | clean model | paper: CA / ASR_p / ASR_o |", "|---" * 11 + "|"]
     known = [name for preset in PRESETS for name in (preset, f"{preset}-binary") if name in found]
     for name in [*known, *sorted(set(found) - set(known))]:
         r = found[name]
@@ -795,12 +795,13 @@ def table1(found):
                  f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, "
                  f"{r['seconds'] / 60:.0f} min on {r['threads']} thread{'s' * (r['threads'] > 1)}")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
-        lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | {theirs} |")
+        lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | | | {theirs} |")
         for row in r["rows"]:
-            cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row["asr_o"],
-                     row.get("asr_o_clean_model")]
+            control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
+            cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row[control],
+                     row.get(f"{control}_clean_model"), row["asr_o"], row.get("asr_o_clean_model")]
             theirs = " / ".join(percent(v, 1) for v in paper[row["v_thr"]]) if row["v_thr"] in paper else ""
-            lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {cells[0]:.2f} | "
+            lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {cells[0]:.3f} | "
                          + " | ".join(percent(c, 1) for c in cells[1:]) + f" | {theirs} |")
     return "\n".join(lines)
 
