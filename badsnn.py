@@ -699,6 +699,25 @@ def study_poison(data, a):
 POISON_RATIOS = (0.01, 0.02, 0.03, 0.04, 0.05)
 
 
+def study_power(data, a):
+    """T_p's strength q, which the paper does not give, in both readings, at v_thr_d: ASR_p of every seed and of its clean model. `read`
+    is the accuracy that the clean model keeps on the triggered images at S_n: how much of them is left to see."""
+    rows = []
+    for seed in range(a.seed, a.seed + a.seeds):
+        b = SimpleNamespace(**{**vars(a), "seed": seed})
+        clean, model = train(data, b), train(data, b, "badsnn")
+        for q, reading in itertools.product(POWERS, ("asr_p", "asr_p_renormalized")):
+            trigger = main_triggers(data, SimpleNamespace(**{**vars(b), "q": q}))[reading]
+            rows.append(dict(seed=seed, q=q, renormalize=reading != "asr_p", v_thr=a.v_thr_d, **evaluate(model, data, a, a.v_thr_d, a.tau_a),
+                             asr_p=asr(model, data, a, a.v_thr_d, a.tau_a, trigger),
+                             asr_p_clean_model=asr(clean, data, a, a.v_thr_d, a.tau_a, trigger),
+                             read=share(predict(clean, data.x_test, a, V_THR_N, TAU_N, trigger) == data.y_test)))
+    return rows
+
+
+POWERS = (1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
 def study_trigger(data, a):
     """T_o's lambda_adv and magnitude m, chosen on held-out TRAINING images: the presets come from here. The paper gives 0.1 and no m.
 
@@ -741,7 +760,7 @@ def study_plif(data, a):
 
 
 STUDIES = {"threshold": study_threshold, "heatmap": study_heatmap, "poison": study_poison, "magnitude": study_magnitude,
-           "trigger": study_trigger, "plif": study_plif}
+           "power": study_power, "trigger": study_trigger, "plif": study_plif}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -764,7 +783,7 @@ def report(a):
         if (a.results / name / "triggers.npz").exists():
             figure_triggers(a.results / name)
     draw = {"threshold": figure_threshold, "heatmap": figure_heatmap, "poison": figure_poison, "magnitude": figure_magnitude,
-            "trigger": figure_trigger, "plif": figure_plif, "defend": figure_defend}
+            "power": figure_power, "trigger": figure_trigger, "plif": figure_plif, "defend": figure_defend}
     for path in sorted(a.results.glob("*/*.json")):
         if path.stem in draw:
             draw[path.stem](json.loads(path.read_text()), path.with_suffix(".png"))
@@ -796,7 +815,7 @@ def table1(found):
                  f"{r['seconds'] / 60:.0f} min on {r['threads']} thread{'s' * (r['threads'] > 1)}")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
         lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | | | {theirs} |")
-        for row in r["rows"]:
+        for row in (row for row in r["rows"] if row["v_thr"] in (V_THR_N, 1.1, 1.15, 1.2, r["chosen"])):      # the paper's, and ours
             control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
             cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row[control],
                      row.get(f"{control}_clean_model"), row["asr_o"], row.get("asr_o_clean_model")]
@@ -964,6 +983,25 @@ def figure_poison(r, path):
     axis.set(xlabel="poison ratio, % of the target class", ylabel="percent of test samples", ylim=(-3, 103), xticks=100 * np.array(ratios),
              title=f"{r['dataset']}, V_a = {r['rows'][0]['v_thr']:g}: mean of {r['seeds']} seed{'s' * (r['seeds'] > 1)}, pale: each")
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)
+
+
+def figure_power(r, path):
+    """Success of T_p and what it leaves of the image, against q: a point per seed, a line through the means; one panel per reading."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3), layout="constrained", sharey=True)
+    for axis, renormalize in zip(axes, (False, True)):
+        rows = [row for row in r["rows"] if row["renormalize"] == renormalize]
+        q = sorted({row["q"] for row in rows})
+        for key, label, style, color in (("asr_p", "ASR_p", "^-", "tab:red"), ("asr_p_clean_model", "ASR_p, clean model", "x--", "tab:blue"),
+                                         ("read", "accuracy left, clean model", "o:", "black")):
+            axis.plot([row["q"] for row in rows], [row[key] for row in rows], style[0], color=color, alpha=0.35, markersize=4)
+            axis.plot(q, [np.mean([row[key] for row in rows if row["q"] == value]) for value in q], style, color=color, label=label, markersize=5)
+        axis.set(xscale="log", xlabel="q", xticks=q, xticklabels=[f"{value:g}" for value in q], ylim=(-3, 103),
+                 title=f"{r['dataset']}, V_a = {r['v_thr_d']:g}, T_p {'re-normalised' if renormalize else 'literal'}")
+        axis.minorticks_off()
+    axes[0].set_ylabel(f"percent; {r['seeds']} seed{'s' * (r['seeds'] > 1)}")
+    axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 
@@ -1200,7 +1238,7 @@ def get_args(argv=None):
             command.add_argument("--attacks", nargs="+", choices=every, default=every, metavar="V", help="rows of Table 2")
         if name == "ablate":
             command.add_argument("--study", choices=tuple(STUDIES), required=True,
-                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; trigger: T_o's presets")
+                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; power: q of T_p; trigger: T_o's presets")
         for group, options in OPTIONS.items():
             group = command.add_argument_group(group)
             for flag, kind, default, text in options:

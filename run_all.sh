@@ -34,12 +34,12 @@ elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     "$python" badsnn.py attack --dataset "$dataset" "$@"
     "$python" badsnn.py report
 else
-    echo "The whole paper in small, on digits and ndigits: about 40 minutes on 2 cores. Stop it whenever you like."
+    echo "The whole paper in small, on digits and ndigits: 1 to 2 hours on 2 cores, Table 1 first. Stop it whenever you like."
     for dataset in digits ndigits; do
         "$python" badsnn.py attack --dataset "$dataset" "$@"
     done
     "$python" badsnn.py defend --dataset digits "$@"
-    for study in threshold magnitude heatmap plif poison; do
+    for study in threshold magnitude power heatmap plif poison; do
         "$python" badsnn.py ablate --dataset digits --study "$study" "$@"
     done
     "$python" badsnn.py report

@@ -63,6 +63,7 @@ def test_t_o_is_kept_and_read_again(workplace, capsys):
 def test_studies_and_report(workplace, monkeypatch):
     monkeypatch.setattr(badsnn, "HEATMAP", dict(v_thr_t=(0.8, 1.5), v_thr_a=(1.0, 1.2), tau_a=(0.4, 0.5)))
     monkeypatch.setattr(badsnn, "POISON_RATIOS", (0.1, 0.2))
+    monkeypatch.setattr(badsnn, "POWERS", (2.0, 4.0))
     attack("--v-thr-a", "1.1", "--n-o", "40", "--epochs-o", "1")
     for study in badsnn.STUDIES:
         try:
@@ -76,6 +77,9 @@ def test_studies_and_report(workplace, monkeypatch):
     rows = json.loads(Path("results/digits/plif.json").read_text())["rows"]
     assert [(row["neuron"], row["v_thr"]) for row in rows] == [("lif", 1.0), ("lif", 1.1), ("plif", 1.0), ("plif", 1.1)]
     assert rows[0]["mean_tau"] == 0.5 and 0 < rows[2]["mean_tau"] < 1
+    rows = json.loads(Path("results/digits/power.json").read_text())["rows"]
+    assert [(row["q"], row["renormalize"]) for row in rows] == [(2.0, False), (2.0, True), (4.0, False), (4.0, True)]
+    assert all(0 <= row[key] <= 100 for row in rows for key in ("asr_p", "asr_p_clean_model", "read"))
     rows = json.loads(Path("results/digits/threshold.json").read_text())["rows"]
     assert len(rows) == 33 and rows[0]["spikes"] > rows[-3]["spikes"] > 0       # a higher threshold, fewer spikes
     Path("README.md").write_text("before <!-- table1 -->old<!-- /table1 --> after")
@@ -83,7 +87,7 @@ def test_studies_and_report(workplace, monkeypatch):
     text = Path("README.md").read_text()
     assert "**digits**" in text and "old" not in text and text.startswith("before") and text.endswith("after")
     assert Path("results/digits/attack.png").stat().st_size > 10_000
-    assert all(Path(f"results/digits/{study}.png").exists() for study in ("threshold", "heatmap", "poison", "plif"))
+    assert all(Path(f"results/digits/{study}.png").exists() for study in ("threshold", "heatmap", "poison", "plif", "power"))
 
 
 def test_defend(workplace, capsys, monkeypatch):
