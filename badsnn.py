@@ -708,7 +708,8 @@ def study_power(data, a):
         clean, model = train(data, b), train(data, b, "badsnn")
         for q, reading in itertools.product(POWERS, ("asr_p", "asr_p_renormalized")):
             trigger = main_triggers(data, SimpleNamespace(**{**vars(b), "q": q}))[reading]
-            rows.append(dict(seed=seed, q=q, renormalize=reading != "asr_p", v_thr=a.v_thr_d, **evaluate(model, data, a, a.v_thr_d, a.tau_a),
+            rows.append(dict(seed=seed, q=q, renormalize=reading != "asr_p", v_thr=a.v_thr_d,
+                             **evaluate(model, data, a, a.v_thr_d, a.tau_a),
                              asr_p=asr(model, data, a, a.v_thr_d, a.tau_a, trigger),
                              asr_p_clean_model=asr(clean, data, a, a.v_thr_d, a.tau_a, trigger),
                              read=share(predict(clean, data.x_test, a, V_THR_N, TAU_N, trigger) == data.y_test)))
@@ -993,10 +994,12 @@ def figure_power(r, path):
     for axis, renormalize in zip(axes, (False, True)):
         rows = [row for row in r["rows"] if row["renormalize"] == renormalize]
         q = sorted({row["q"] for row in rows})
-        for key, label, style, color in (("asr_p", "ASR_p", "^-", "tab:red"), ("asr_p_clean_model", "ASR_p, clean model", "x--", "tab:blue"),
+        for key, label, style, color in (("asr_p", "ASR_p", "^-", "tab:red"),
+                                         ("asr_p_clean_model", "ASR_p, clean model", "x--", "tab:blue"),
                                          ("read", "accuracy left, clean model", "o:", "black")):
             axis.plot([row["q"] for row in rows], [row[key] for row in rows], style[0], color=color, alpha=0.35, markersize=4)
-            axis.plot(q, [np.mean([row[key] for row in rows if row["q"] == value]) for value in q], style, color=color, label=label, markersize=5)
+            means = [np.mean([row[key] for row in rows if row["q"] == value]) for value in q]
+            axis.plot(q, means, style, color=color, label=label, markersize=5)
         axis.set(xscale="log", xlabel="q", xticks=q, xticklabels=[f"{value:g}" for value in q], ylim=(-3, 103),
                  title=f"{r['dataset']}, V_a = {r['v_thr_d']:g}, T_p {'re-normalised' if renormalize else 'literal'}")
         axis.minorticks_off()
@@ -1238,7 +1241,8 @@ def get_args(argv=None):
             command.add_argument("--attacks", nargs="+", choices=every, default=every, metavar="V", help="rows of Table 2")
         if name == "ablate":
             command.add_argument("--study", choices=tuple(STUDIES), required=True,
-                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; power: q of T_p; trigger: T_o's presets")
+                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; "
+                                      "power: q of T_p; trigger: T_o's presets")
         for group, options in OPTIONS.items():
             group = command.add_argument_group(group)
             for flag, kind, default, text in options:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lif import LIF, count_spikes, lif_reference, neurons
 from models import PAPER_WIDTHS, build_model
 
-INPUT = {"resnet19": (3, 32, 32), "vgg16": (3, 32, 32), "nmnist_net": (2, 2, 34, 34)}         # T = 2: as in the other tests, so that it is compiled once
+INPUT = {"resnet19": (3, 32, 32), "vgg16": (3, 32, 32), "nmnist_net": (2, 2, 34, 34)}         # T = 2, as in most tests
 
 
 @pytest.mark.parametrize("name, parameters, convs, neuron_layers, macs", [
