@@ -706,10 +706,10 @@ def study_power(data, a):
     for seed in range(a.seed, a.seed + a.seeds):
         b = SimpleNamespace(**{**vars(a), "seed": seed})
         clean, model = train(data, b), train(data, b, "badsnn")
+        untriggered = evaluate(model, data, a, a.v_thr_d, a.tau_a)
         for q, reading in itertools.product(POWERS, ("asr_p", "asr_p_renormalized")):
             trigger = main_triggers(data, SimpleNamespace(**{**vars(b), "q": q}))[reading]
-            rows.append(dict(seed=seed, q=q, renormalize=reading != "asr_p", v_thr=a.v_thr_d,
-                             **evaluate(model, data, a, a.v_thr_d, a.tau_a),
+            rows.append(dict(seed=seed, q=q, renormalize=reading != "asr_p", v_thr=a.v_thr_d, **untriggered,
                              asr_p=asr(model, data, a, a.v_thr_d, a.tau_a, trigger),
                              asr_p_clean_model=asr(clean, data, a, a.v_thr_d, a.tau_a, trigger),
                              read=share(predict(clean, data.x_test, a, V_THR_N, TAU_N, trigger) == data.y_test)))
@@ -816,7 +816,8 @@ def table1(found):
                  f"{r['seconds'] / 60:.0f} min on {r['threads']} thread{'s' * (r['threads'] > 1)}")
         theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
         lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | | | {theirs} |")
-        for row in (row for row in r["rows"] if row["v_thr"] in (V_THR_N, 1.1, 1.15, 1.2, r["chosen"])):      # the paper's, and ours
+        shown = {V_THR_N, *PAPER["cifar10"][2], r["chosen"]}       # the paper's V_a are the same for all sets
+        for row in (row for row in r["rows"] if row["v_thr"] in shown):
             control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
             cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row[control],
                      row.get(f"{control}_clean_model"), row["asr_o"], row.get("asr_o_clean_model")]

@@ -17,7 +17,7 @@ import badsnn
 
 ROOT = Path(badsnn.__file__).parent
 TINY = ("--width 4 --T 2 --epochs 2 --warmup 0 --seeds 1 --n-train 300 --n-test 100 --poison-ratio 0.1 --malicious-rows 8 --q 8 "
-        "--v-thr-d 1.15").split()           # nothing here depends on the presets
+        "--v-thr-d 1.15").split()           # the last three: presets that expectations below rely on
 
 
 @pytest.fixture
@@ -287,13 +287,12 @@ def test_same_seed_same_model(workplace):
 
 
 def test_evaluation_in_bfloat16_and_float32_agree(workplace):
-    """A trained network gives nearly all samples the same class in both; the data are easy, so that training is not a lottery."""
-    data, a = prepared("--epochs", "6", "--n-train", "800", "--width", "8", "--amp", "off", "--no-augment")
+    """The data are not augmented, so that six epochs are enough on any machine."""
+    data, a = prepared("--epochs", "6", "--n-train", "1000", "--width", "8", "--amp", "off", "--no-augment")
     model = badsnn.train(data, a)
-    answers = []
-    for a.amp in (False, True):
-        answers.append(badsnn.predict(model, data.x_test, a, 1.0, 0.5))
-    assert len(answers[0].unique()) >= 5 and (answers[0] == answers[1]).float().mean() > 0.9
+    off = badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"]
+    a.amp = True
+    assert off > 30 and abs(badsnn.evaluate(model, data, a, 1.0, 0.5)["ca"] - off) <= 8
 
 
 # ---------------------------------------------------------------------------------------------------------
