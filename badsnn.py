@@ -788,7 +788,7 @@ def report(a):
     for path in sorted(a.results.glob("*/*.json")):
         if path.stem in draw:
             draw[path.stem](json.loads(path.read_text()), path.with_suffix(".png"))
-    tables = {"table1": table1(found), "table2": table2(a.results)}
+    tables = {"table1": table1(found), "runs": table_runs(found), "table2": table2(a.results)}
     if (a.results / "benchmark.json").exists():
         tables["benchmark"] = benchmark_table(json.loads((a.results / "benchmark.json").read_text()))
     if a.readme.exists():
@@ -803,27 +803,42 @@ def report(a):
         print(f"written: {a.readme}")
 
 
+def in_order(found):
+    """Names of the data sets in PRESETS' order, then all others."""
+    known = [name for preset in PRESETS for name in (preset, f"{preset}-binary") if name in found]
+    return [*known, *sorted(set(found) - set(known))]
+
+
 def table1(found):
     """Markdown: one row per data set and V_a, ours beside the paper's."""
-    lines = ["| data, network | V_a | CA | target_rate | ASR_p | clean model | T_p re-normalised, or clip alone | clean model "
+    lines = ["| data | V_a | CA | target_rate | ASR_p | clean model | T_p re-normalised, or clip alone | clean model "
              "| ASR_o | clean model | paper: CA / ASR_p / ASR_o |", "|---" * 11 + "|"]
-    known = [name for preset in PRESETS for name in (preset, f"{preset}-binary") if name in found]
-    for name in [*known, *sorted(set(found) - set(known))]:
-        r = found[name]
-        clean, base, paper = PAPER.get(name, (None, None, {}))
-        sizes = (f"{r['model']} width {r['width']}, {r['n_train']:,} + {r['n_test']:,} samples, {r['epochs']} epochs, "
-                 f"{r['seeds']} seed{'s' * (r['seeds'] > 1)}, target {r['target']}, P {100 * r['poison_ratio']:g} %, "
-                 f"{r['seconds'] / 60:.0f} min on {r['threads']} thread{'s' * (r['threads'] > 1)}")
-        theirs = f"Clean {clean:.1f}, Base {base:.1f}" if clean else "not in the paper"
-        lines.append(f"| **{name}**, {sizes} | | Clean {r['clean_ca']:.1f}, Base {r['base_ca']:.1f} | | | | | | | | {theirs} |")
+    for name in in_order(found):
+        r, paper, title = found[name], PAPER.get(name, (None, None, {}))[2], f"**{name}**"
+        control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
         shown = {V_THR_N, *PAPER["cifar10"][2], r["chosen"]}       # the paper's V_a are the same for all sets
         for row in (row for row in r["rows"] if row["v_thr"] in shown):
-            control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
-            cells = [row["v_thr"], row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row[control],
+            cells = [row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row[control],
                      row.get(f"{control}_clean_model"), row["asr_o"], row.get("asr_o_clean_model")]
             theirs = " / ".join(percent(v, 1) for v in paper[row["v_thr"]]) if row["v_thr"] in paper else ""
-            lines.append(f"| {'chosen' if row['v_thr'] == r['chosen'] else ''} | {cells[0]:.3f} | "
-                         + " | ".join(percent(c, 1) for c in cells[1:]) + f" | {theirs} |")
+            v_thr = f"**{row['v_thr']:.3f}** chosen" if row["v_thr"] == r["chosen"] else f"{row['v_thr']:.3f}"
+            lines.append(f"| {title} | {v_thr} | " + " | ".join(percent(c, 1) for c in cells) + f" | {theirs} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def table_runs(found):
+    """Markdown: what each row of Table 1 was made with, and the accuracy at S_n with and without backdoor."""
+    lines = ["| data | Clean CA | Base CA | paper: Clean / Base | network | samples: train + test | epochs | seeds | attack | run |",
+             "|---" * 10 + "|"]
+    for name in in_order(found):
+        r, (clean, base, _) = found[name], PAPER.get(name, (None, None, None))
+        strength = f"q {r['q']:g}" if r["q"] else f"beta {r['beta']:g}"
+        lines.append(
+            f"| **{name}** | {r['clean_ca']:.1f} | {r['base_ca']:.1f} | {f'{clean:.1f} / {base:.1f}' if clean else ''} "
+            f"| {r['model']}, width {r['width']}, T {r['T']} | {r['n_train']:,} + {r['n_test']:,} | {r['epochs']} | {r['seeds']} "
+            f"| target {r['target']}, P {100 * r['poison_ratio']:g} % ({r['n_poison']}), S_t ({r['v_thr_t']:g}, {r['tau_t']:g}), {strength} "
+            f"| {r['seconds'] / 60:.0f} min, {r['threads']} thread{'s' * (r['threads'] > 1)}, {'bfloat16' if r['amp'] else 'float32'} |")
     return "\n".join(lines)
 
 
@@ -852,18 +867,15 @@ def table2(results):
     lines = ["| data, attack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for path in sorted(results.glob("*/defend.json"), key=lambda path: [*PRESETS, path.parent.name].index(path.parent.name)):
         r = json.loads(path.read_text())
-        lines.append(f"| **{r['dataset']}**: {r['model']} width {r['width']}, {r['n_train']:,} samples, seed {r['seed']}, "
-                     f"threads: {r['threads']}, BadSNN at V_a "
-                     f"{r['v_thr_d']:g}, the defender has {r['n_defender']} images, clean model {r['clean_ca']:.1f}, "
-                     f"{r['seconds'] / 60:.0f} min"
-                     + " |" * (len(names) + 1))
+        lines.append(f"| **{r['dataset']}**, seed {r['seed']}, {r['n_defender']} images for the defender, clean model {r['clean_ca']:.1f}, "
+                     f"{r['seconds'] / 60:.0f} min" + " |" * (len(names) + 1))
         for attack in dict.fromkeys(row["attack"] for row in r["rows"]):
             rows = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
             for key in ("asr", "asr_p") if rows["none"]["trigger"] == "T_o" else ("asr",):
                 cells = [f"{row['ca']:.1f} / {row[key]:.1f} / {row['target_rate']:.1f}" + " †" * row["destroyed"]
                          for row in map(rows.get, names)]
                 trigger = "T_p" if key == "asr_p" else rows["none"]["trigger"]
-                trigger = f" ({trigger})" * (trigger != attack)
+                trigger = f" ({trigger}), V_a {r['v_thr_d']:g}" * (trigger != attack)
                 lines.append(f"| {attack}{trigger} | " + " | ".join(cells) + " |")
             if r["dataset"] in PAPER_DEFENSES:
                 theirs = PAPER_DEFENSES[r["dataset"]][attack].split()
