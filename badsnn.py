@@ -837,7 +837,8 @@ def table_runs(found):
         lines.append(
             f"| **{name}** | {r['clean_ca']:.1f} | {r['base_ca']:.1f} | {f'{clean:.1f} / {base:.1f}' if clean else ''} "
             f"| {r['model']}, width {r['width']}, T {r['T']} | {r['n_train']:,} + {r['n_test']:,} | {r['epochs']} | {r['seeds']} "
-            f"| target {r['target']}, P {100 * r['poison_ratio']:g} % ({r['n_poison']}), S_t ({r['v_thr_t']:g}, {r['tau_t']:g}), {strength} "
+            f"| target {r['target']}, P {100 * r['poison_ratio']:g} % ({r['n_poison']}), "
+            f"S_t ({r['v_thr_t']:g}, {r['tau_t']:g}), {strength} "
             f"| {r['seconds'] / 60:.0f} min, {r['threads']} thread{'s' * (r['threads'] > 1)}, {'bfloat16' if r['amp'] else 'float32'} |")
     return "\n".join(lines)
 
