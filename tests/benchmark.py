@@ -351,7 +351,7 @@ def main():
         return serve(a.serve)
     amp, cores = badsnn.cpu_has_bfloat16(), os.cpu_count()
     best = "bfloat16" if amp else "float32"
-    result = {"torch": torch.__version__, "cores": cores, "bfloat16 in hardware": amp, "repeats": REPEATS}
+    result = {"torch": torch.__version__, "cores": cores, "cpu": torch.backends.cpu.get_cpu_capability(), "bfloat16 in hardware": amp, "repeats": REPEATS}
     try:
         same_spikes_as_spikingjelly()
     except ImportError as error:
@@ -378,42 +378,51 @@ def main():
         print("without torchattacks; pip install --no-deps torchattacks")
     if amp:
         result["accuracy on digits, percent, one per seed"] = accuracy()
-    result["summary"] = summary(result, threads, best)
+    result["summary"] = summary(result, best)
     for what, value in result["summary"].items():
         print(f"{what}: {value}")
     badsnn.write_json(a.results / "benchmark.json", result)
 
 
-def summary(r, threads, best):
-    """The ratios that matter, in words."""
-    shape = "4x64x16x32x32"
-    layer = {name.split()[1]: t for name, t in r[f"layer {shape}, {threads} thread(s), ms"].items()}
-    step, evaluated = r[f"training step, {threads} thread(s), ms"], r[f"evaluation of 256 images, {threads} thread(s), ms"]
-    lines = {f"LIF layer, forward + backward, {shape}":
-             f"{layer['ours']:.1f} ms; reference loop {layer['reference'] / layer['ours']:.1f}x slower"}
-    for title, others in (("fastest library", [n for n in layer if n in REFEREES]),
-                          ("fastest library under torch.compile", [n for n in layer if n.endswith("+compiled")])):
-        if others:
-            name = min(others, key=layer.get)
-            lines[f"LIF layer, {title}"] = f"{name.partition('+')[0]}, {layer[name] / layer['ours']:.1f}x slower"
-    lines["LIF layer, a copy of the same bytes"] = f"{layer['ours'] / (layer['copy'] * 5 / 6):.1f}x the copy"
-    default = step[f"train ours {best}"]
-    lines["ResNet-19 width 16, training"] = (f"{64000 / default:.0f} images/s, default settings; "
-                                             f"{100 * step[f'convolutions ours {best}'] / default:.0f} % of the time is convolution")
-    if "train spikingjelly float32" in step:
-        theirs = {dtype: step.get(f"train spikingjelly {dtype}") for dtype in ("float32", "bfloat16")}
-        ratios = [f"{theirs['float32'] / default:.1f}x default against float32",
-                  f"{theirs['float32'] / step['train ours float32']:.1f}x float32"]
-        ratios += [f"{theirs['bfloat16'] / step['train ours bfloat16']:.1f}x bfloat16"] if theirs["bfloat16"] else []
-        lines["the same on SpikingJelly, slower by"] = ", ".join(ratios)
-        memory = [r["peak memory, MiB"][f"train {who} float32"] for who in NETWORKS]
-        lines["peak memory of float32 training"] = f"{memory[0]} MiB against SpikingJelly's {memory[1]} MiB"
-        speeds = [f"{256000 / evaluated[name]:.0f}" for name in (f"evaluate ours {best}", "evaluate spikingjelly float32")]
-        lines["evaluation, images/s"] = f"{speeds[0]}, SpikingJelly {speeds[1]}"
+def summary(r, best):
+    """The ratios that matter, in words; where there are two numbers, with one thread / with two."""
+    counts = sorted({1, min(2, r["cores"])})
+    layers = [{key.split()[1]: t for key, t in r[f"layer 4x64x16x32x32, {n} thread(s), ms"].items()} for n in counts]
+    steps, evaluated = ([r[f"{what}, {n} thread(s), ms"] for n in counts] for what in ("training step", "evaluation of 256 images"))
+
+    def both(text, *runs):
+        return " / ".join(text(*run) for run in zip(*runs))
+
+    def fastest(layer, names):
+        name = min((name for name in layer if names(name)), key=layer.get)
+        return f"{name.partition('+')[0]} {layer[name] / layer['ours']:.1f}x"
+
+    lines = {"LIF layer, forward + backward, 4x64x16x32x32": both(lambda t: f"{t['ours']:.1f} ms", layers),
+             "the reference loop, slower by": both(lambda t: f"{t['reference'] / t['ours']:.1f}x", layers),
+             "against a copy of the bytes that it must move": both(lambda t: f"{t['ours'] / (t['copy'] * 5 / 6):.1f}x", layers)}
+    for title, names in (("the fastest library, slower by", lambda name: name in REFEREES),
+                         ("the fastest library under torch.compile, slower by", lambda name: name.endswith("+compiled"))):
+        if all(any(map(names, layer)) for layer in layers):
+            lines[title] = both(lambda t: fastest(t, names), layers)
+    mine = f"train ours {best}"
+    lines["ResNet-19 width 16, training, batch 64, T = 4"] = both(lambda t: f"{64000 / t[mine]:.0f}", steps) + f" images/s in {best}"
+    lines["of its time, convolution"] = both(lambda t: f"{100 * t[f'convolutions ours {best}'] / t[mine]:.0f} %", steps)
+    if all("train spikingjelly float32" in step for step in steps):
+        for dtype in ("float32", "bfloat16"):
+            if f"train spikingjelly {dtype}" in steps[0]:
+                lines[f"the same network on SpikingJelly, {dtype}, slower by"] = both(
+                    lambda t: f"{t[f'train spikingjelly {dtype}'] / t[f'train ours {dtype}']:.1f}x", steps)
+        lines["the most that could be: SpikingJelly's step against our convolutions alone"] = both(
+            lambda t: f"{t['train spikingjelly float32'] / t[f'convolutions ours {best}']:.1f}x", steps)
+        lines["peak memory of float32 training"] = "{} MiB, SpikingJelly {} MiB".format(
+            *(r["peak memory, MiB"][f"train {who} float32"] for who in NETWORKS))
+        lines["evaluation"] = both(lambda t: f"{256000 / t[f'evaluate ours {best}']:.0f}", evaluated) + " images/s, SpikingJelly " + both(
+            lambda t: f"{256000 / t['evaluate spikingjelly float32']:.0f}", evaluated)
     if "deepfool, ours and torchattacks" in r:
         d = r["deepfool, ours and torchattacks"]
         ours_l2, theirs_l2 = d["mean L2 where both turn"]
-        lines["DeepFool, 64 images of 32x32, torchattacks"] = f"{d['speed-up']:.1f}x slower; mean L2 {ours_l2:.3f} (ours), {theirs_l2:.3f}"
+        lines["DeepFool, 64 images of 32x32: torchattacks, slower by"] = (f"{d['speed-up']:.1f}x; mean L2 {ours_l2:.3f} (ours), "
+                                                                         f"{theirs_l2:.3f}")
     for what, times in r["epoch of n images in T steps, ms"].items():
         lines[f"cost per epoch against {what}"] = ", ".join(f"{name.split()[3 if what == 'images' else 4]}: {t:.0f} ms"
                                                             for name, t in times.items())
