@@ -886,7 +886,8 @@ def table2(results):
 
 def benchmark_table(results):
     """Markdown: the benchmark's ratios."""
-    return "\n".join(["| what | measured, 1 thread / 2 threads |", "|---|---|"] + [f"| {what} | {value} |" for what, value in results["summary"].items()])
+    lines = ["| what | measured, 1 thread / 2 threads |", "|---|---|"]
+    return "\n".join(lines + [f"| {what} | {value} |" for what, value in results["summary"].items()])
 
 
 def figure_attack(r, path):
