@@ -1030,14 +1030,14 @@ def figure_trigger(r, path):
     for lambda_adv, style in zip(sorted({row["lambda_adv"] for row in r["rows"]}), ("o:", "s--", "D-")):
         rows = [row for row in r["rows"] if row["lambda_adv"] == lambda_adv]
         axis.plot([row["l2"] for row in rows], [row["asr_o"] for row in rows], style, color="black", label=f"lambda_adv {lambda_adv:g}")
-        for row in (rows[0], rows[-1]):
-            axis.annotate(f"m {row['magnitude']:g}", (row["l2"], row["asr_o"]), fontsize=7, xytext=(5, -9), textcoords="offset points")
     best = next(row for row in r["rows"] if row["chosen"])
     axis.axvline(best["l2_p"], color="0.8", zorder=0, label="L2 of T_p")
-    axis.plot(best["l2"], best["asr_o"], "o", markersize=13, markerfacecolor="none", color="tab:red", label="chosen")
+    axis.plot(best["l2"], best["asr_o"], "o", markersize=13, markerfacecolor="none", color="tab:red",
+              label=f"chosen, m = {best['magnitude']:g}")
     axis.set(xlabel="mean L2 norm, pixels", ylabel="ASR_o, %, held-out training images", ylim=(-3, 103),
              title=f"{r['dataset']}, V_a = {best['v_thr']:g}, seed {r['seed']}")
-    axis.legend(fontsize=7)
+    m = [row["magnitude"] for row in r["rows"]]
+    axis.legend(fontsize=7, title=f"left to right: m = {min(m):g} to {max(m):g}", title_fontsize=7)
     save_figure(figure, path)
 
 
