@@ -80,7 +80,7 @@ PRESETS = {
     "cifar100": dict(IMAGES, model="vgg16", poison_ratio=0.01, flip=True),
     "gtsrb": dict(IMAGES, model="vgg16", poison_ratio=0.05, tau_t=0.8, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16, magnitude=0.7,
                   v_thr_d=1.2),
-    "nmnist": EVENTS,
+    "nmnist": dict(EVENTS, seeds=3),
     "ndigits": dict(EVENTS, poison_ratio=0.05, epochs=15, seeds=3),
 }
 
