@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from datetime import timedelta
@@ -803,10 +804,10 @@ def report(a):
         print(f"written: {a.readme}")
 
 
-def in_order(found):
-    """Names of the data sets in PRESETS' order, then all others."""
-    known = [name for preset in PRESETS for name in (preset, f"{preset}-binary") if name in found]
-    return [*known, *sorted(set(found) - set(known))]
+def in_order(names):
+    """Names of results' folders in PRESETS' order, variants (nmnist-binary) behind their data set, unknown ones last."""
+    known = list(PRESETS)
+    return sorted(names, key=lambda name: ([*known, base := re.split("[-_]", name)[0]].index(base), name))
 
 
 def table1(found):
@@ -866,9 +867,9 @@ def table2(results):
     """Markdown: CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below."""
     names = list(DEFENSES)
     lines = ["| data, attack | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for path in sorted(results.glob("*/defend.json"), key=lambda path: [*PRESETS, path.parent.name].index(path.parent.name)):
-        r = json.loads(path.read_text())
-        lines.append(f"| **{r['dataset']}**, seed {r['seed']}, {r['n_defender']} images for the defender, clean model {r['clean_ca']:.1f}, "
+    for name in in_order(path.parent.name for path in results.glob("*/defend.json")):
+        r = json.loads((results / name / "defend.json").read_text())
+        lines.append(f"| **{name}**, seed {r['seed']}, {r['n_defender']} images for the defender, clean model {r['clean_ca']:.1f}, "
                      f"{r['seconds'] / 60:.0f} min" + " |" * (len(names) + 1))
         for attack in dict.fromkeys(row["attack"] for row in r["rows"]):
             rows = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
