@@ -216,7 +216,7 @@ def test_resumed_equals_uninterrupted(workplace, monkeypatch):
 
 def test_killed_run_goes_on(workplace):
     """kill -9 in the middle of a real process leaves a whole checkpoint, and the same command finishes the run."""
-    command = [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, "--epochs", "12", "--v-thr-a", "1.1"]
+    command = [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, "--epochs", "6", "--v-thr-a", "1.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not list(Path(".").glob("runs/digits/*.pt")) and time.time() < deadline:
@@ -225,8 +225,8 @@ def test_killed_run_goes_on(workplace):
     process.wait()
     (checkpoint,) = Path(".").glob("runs/digits/*.pt")
     epochs = len(torch.load(checkpoint, weights_only=True)["history"])
-    assert 1 <= epochs < 12 and not Path("results").exists()
-    data, a = prepared("--epochs", "12")
+    assert 1 <= epochs < 6 and not Path("results").exists()
+    data, a = prepared("--epochs", "6")
     said = []
     a.device = torch.device("cpu")
     original, badsnn.say = badsnn.say, said.append
