@@ -807,7 +807,11 @@ def report(a):
 def in_order(names):
     """Names of results' folders in PRESETS' order, variants (nmnist-binary) behind their data set, unknown ones last."""
     known = list(PRESETS)
-    return sorted(names, key=lambda name: ([*known, base := re.split("[-_]", name)[0]].index(base), name))
+
+    def place(name):
+        base = re.split("[-_]", name)[0]
+        return known.index(base) if base in known else len(known), name
+    return sorted(names, key=place)
 
 
 def table1(found):

@@ -391,8 +391,8 @@ def summary(r, best):
     layers = [{key.split()[1]: t for key, t in r[f"layer 4x64x16x32x32, {n} thread(s), ms"].items()} for n in counts]
     steps, evaluated = ([r[f"{what}, {n} thread(s), ms"] for n in counts] for what in ("training step", "evaluation of 256 images"))
 
-    def both(text, *runs):
-        return " / ".join(text(*run) for run in zip(*runs))
+    def both(text, runs):
+        return " / ".join(map(text, runs))
 
     def fastest(layer, names):
         name = min((name for name in layer if names(name)), key=layer.get)
