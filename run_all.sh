@@ -2,8 +2,8 @@
 # One command: sets up, runs, tests. Stop it whenever you like; the same command goes on where it stopped.
 #
 #   bash run_all.sh                         digits and ndigits: train, attack, defend, every study, tables and figures
+#   bash run_all.sh --seeds 3 [options]     the same with options, here as for the results in this repository
 #   bash run_all.sh cifar10 [options]       another data set; options go to badsnn.py attack
-#   bash run_all.sh --epochs 4 [options]    digits and ndigits with options
 #   bash run_all.sh test [options]          the tests; options go to pytest
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -34,7 +34,7 @@ elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     "$python" badsnn.py attack --dataset "$dataset" "$@"
     "$python" badsnn.py report
 else
-    echo "The whole paper in small, on digits and ndigits: 1 to 2 hours on 2 cores, Table 1 first. Stop it whenever you like."
+    echo "The whole paper in small, on digits and ndigits: 20 to 60 minutes on 2 cores, Table 1 first. Stop it whenever you like."
     for dataset in digits ndigits; do
         "$python" badsnn.py attack --dataset "$dataset" "$@"
     done
