@@ -777,7 +777,7 @@ PAPER = {"cifar10": (91.34, 87.68, {1.10: (87.22, 77.79, 82.65), 1.15: (51.22, 9
 
 def report(a):
     """Writes results/D/attack.png for every D, and the tables between the README's markers."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(a.results.glob("*/attack.json"))}
+    found = {path.parent.name: titled(path) for path in sorted(a.results.glob("*/attack.json"))}
     if not found:
         raise ValueError(f"no attack.json below {a.results}/; run 'python badsnn.py attack' first")
     for name, result in found.items():
@@ -788,7 +788,7 @@ def report(a):
             "power": figure_power, "trigger": figure_trigger, "plif": figure_plif, "defend": figure_defend}
     for path in sorted(a.results.glob("*/*.json")):
         if path.stem in draw:
-            draw[path.stem](json.loads(path.read_text()), path.with_suffix(".png"))
+            draw[path.stem](titled(path), path.with_suffix(".png"))
     tables = {"table1": table1(found), "runs": table_runs(found), "table2": table2(a.results)}
     if (a.results / "benchmark.json").exists():
         tables["benchmark"] = benchmark_table(json.loads((a.results / "benchmark.json").read_text()))
@@ -802,6 +802,11 @@ def report(a):
         part.write_text(text)
         os.replace(part, a.readme)
         print(f"written: {a.readme}")
+
+
+def titled(path):
+    """A result, called by its folder's name: cifar10_10k is a variant of the data set cifar10."""
+    return dict(json.loads(path.read_text()), dataset=path.parent.name)
 
 
 def in_order(names):
@@ -821,7 +826,7 @@ def table1(found):
     for name in in_order(found):
         r, paper, title = found[name], PAPER.get(name, (None, None, {}))[2], f"**{name}**"
         control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
-        shown = {V_THR_N, *PAPER["cifar10"][2], r["chosen"]}       # the paper's V_a are the same for all sets
+        shown = {V_THR_N, r["chosen"], *(PAPER["cifar10"][2] if name in PRESETS else ())}      # the paper's V_a, the same for all sets
         for row in (row for row in r["rows"] if row["v_thr"] in shown):
             cells = [row["ca"], row["target_rate"], row["asr_p"], row["asr_p_clean_model"], row[control],
                      row.get(f"{control}_clean_model"), row["asr_o"], row.get("asr_o_clean_model")]
