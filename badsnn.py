@@ -1026,9 +1026,10 @@ def figure_power(r, path):
             means = [np.mean([row[key] for row in rows if row["q"] == value]) for value in q]
             axis.plot(q, means, style, color=color, label=label, markersize=5)
         axis.set(xscale="log", xlabel="q", xticks=q, xticklabels=[f"{value:g}" for value in q], ylim=(-3, 103),
-                 title=f"{r['dataset']}, V_a = {r['v_thr_d']:g}, T_p {'re-normalised' if renormalize else 'literal'}")
+                 title=f"T_p {'re-normalised' if renormalize else 'literal'}")
         axis.minorticks_off()
     axes[0].set_ylabel(f"percent; {r['seeds']} seed{'s' * (r['seeds'] > 1)}")
+    figure.suptitle(f"{r['dataset']}, V_a = {r['v_thr_d']:g}", fontsize=9)
     axes[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
