@@ -34,7 +34,7 @@ elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     "$python" badsnn.py attack --dataset "$dataset" "$@"
     "$python" badsnn.py report
 else
-    echo "The whole paper in small, on digits and ndigits: 20 to 60 minutes on 2 cores, Table 1 first. Stop it whenever you like."
+    echo "The whole paper in small, on digits and ndigits: 30 to 90 minutes on 2 cores, Table 1 first. Stop it whenever you like."
     for dataset in digits ndigits; do
         "$python" badsnn.py attack --dataset "$dataset" "$@"
     done
