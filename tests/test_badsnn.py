@@ -280,6 +280,10 @@ def test_choose_is_eq_8():
     assert badsnn.choose(rows, base_ca=90, margin=0.5) is None
     rows[1]["asr_o"], rows[2]["asr_o"] = 100, 20             # two triggers count equally: 70 - 1 against 50 - 5
     assert badsnn.choose(rows, base_ca=90, margin=5) == 1.05
+    rows[2]["asr_p_renormalized"] = 100                      # the better reading of T_p counts: 60 - 5 against 70 - 1, then 100 - 5
+    assert badsnn.choose(rows, base_ca=90, margin=5) == 1.05
+    rows[2]["asr_o"] = 100
+    assert badsnn.choose(rows, base_ca=90, margin=5) == 1.1
 
 
 def test_same_seed_same_model(workplace):
