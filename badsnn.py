@@ -272,7 +272,7 @@ def autocast(a):
 # ---------------------------------------------------------------------------------------------------------
 # Evaluation
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model, x, a, v_thr, tau, trigger=None):
     """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked."""
     model.eval()
@@ -645,7 +645,7 @@ def study_threshold(data, a):
             for v_thr in torch.linspace(0.5, 1.5, 11).tolist() for name, trigger in readings.items()]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def spikes_per_sample(model, x, a, v_thr, tau, trigger=None):
     """Mean number of spikes per sample, summed over T and all neurons, on up to 500 samples of x."""
     counts = []

@@ -182,12 +182,14 @@ def _sum_over_ranks(x):
 
 
 def _flat(x, channels_last):
-    """[T, B, ...] -> [T, B, M, C], without a copy when x lies in memory as asked."""
-    x = x.detach()
+    """[T, B, ...] -> [T, B, M, C], without a copy when x lies in memory as asked.
+
+    .data: torch.compile compiles a function once more for tensors that are views of others; so none of ours are.
+    """
     if channels_last and x.dim() > 3:
         x = x.movedim(2, -1)
-        return x.reshape(*x.shape[:2], -1, x.shape[-1]).contiguous()
-    return x.reshape(*x.shape[:2], 1, -1).contiguous()
+        return x.reshape(*x.shape[:2], -1, x.shape[-1]).contiguous().data
+    return x.reshape(*x.shape[:2], 1, -1).contiguous().data
 
 
 def _unflat(x, shape, channels_last):
@@ -202,6 +204,7 @@ class _FusedLIF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, surrogate, norms, v_thr, tau, *terms):
         inputs, weights, biases = terms[0::3], terms[1::3], terms[2::3]
+        v_thr, tau = v_thr.data, tau.data      # .data: see _flat
         shape = inputs[0].shape
         # a lone contiguous input needs no notion of channels; everything else runs with channels last
         last = any(norms) or len(inputs) > 1 or not inputs[0].is_contiguous()
@@ -231,7 +234,7 @@ class _FusedLIF(torch.autograd.Function):
                 continue
             mean, rstd, n = stat
             grad_weight = grad_bias = None
-            b = c = torch.zeros_like(mean)
+            b, c = torch.zeros_like(mean), torch.zeros_like(mean)
             if n or any(ctx.needs_input_grad[5::3]):
                 sums = _norm_sums(grad, x, mean)
                 grad_weight, grad_bias = sums[1] * rstd, sums[0]
