@@ -272,7 +272,7 @@ def autocast(a):
 # ---------------------------------------------------------------------------------------------------------
 # Evaluation
 
-@torch.no_grad()
+@torch.no_grad()        # not inference_mode, whose tensors would have every kernel of the neuron compiled once more
 def predict(model, x, a, v_thr, tau, trigger=None):
     """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked."""
     model.eval()
@@ -439,6 +439,11 @@ def main_triggers(data, a):
             "asr_p_renormalized": lambda x: power_trigger(x, a.q, data.mean, data.std, renormalize=True)}
 
 
+def readings(data, a):
+    """T_p in both readings of Eq. 3, by the name that figures and tables give it."""
+    return dict(zip(("T_p", "T_p re-normalised"), main_triggers(data, a).values()))
+
+
 def choose(rows, base_ca, margin):
     """The attacker's setting by Eq. 8: among the rows with CA >= base_ca - margin the one with the largest ASR - target_rate,
     where ASR is the mean over the triggers: ASR_p (on images in the better reading of Eq. 3; the attacker takes what works) and ASR_o.
@@ -448,8 +453,8 @@ def choose(rows, base_ca, margin):
     fit = [row for row in rows if row["ca"] >= base_ca - margin and row["v_thr"] != V_THR_N]
 
     def gain(row):
-        rates = [max(row["asr_p"], row.get("asr_p_renormalized", 0))] + ([row["asr_o"]] if row.get("asr_o") is not None else [])
-        return sum(rates) / len(rates) - row["target_rate"]
+        asr_p, asr_o = max(row["asr_p"], row.get("asr_p_renormalized", 0)), row.get("asr_o")
+        return (asr_p if asr_o is None else (asr_p + asr_o) / 2) - row["target_rate"]
     return max(fit, key=gain)["v_thr"] if fit else None
 
 
@@ -551,14 +556,14 @@ def defend(data, a):
 
 
 def deployed(attack, model, data, a):
-    """The attacked model as it is shipped, its neurons at the deployed setting, and its triggers by name, the reported one first.
-    T_p is in the better reading of Eq. 3: the attacker takes what works."""
+    """The attacked model as it is shipped, its neurons at the deployed setting, and its triggers by name, the reported one first,
+    T_p last. T_p is in the better reading of Eq. 3: the attacker takes what works."""
     if attack != "badsnn":
         return model.eval(), {attack: BASELINES[attack](model, a.seed)}
     generator, _ = train_trigger(model, data, a)
-    readings = dict(zip(("T_p", "T_p re-normalised"), main_triggers(data, a).values()))
-    best = max(readings, key=lambda name: asr(model, data, a, a.v_thr_d, a.tau_a, readings[name]))
-    triggers = {best: readings[best]}
+    t_p = readings(data, a)
+    best = max(t_p, key=lambda name: asr(model, data, a, a.v_thr_d, a.tau_a, t_p[name]))
+    triggers = {best: t_p[best]}
     if generator is not None:
         triggers = {"T_o": partial(optimized_trigger, generator=generator, target=a.target, magnitude=a.magnitude), **triggers}
     with neurons(model, a.v_thr_d, a.tau_a):
@@ -574,9 +579,9 @@ def defend_cell(attack, defense, model, clean, triggers, x, y, scored, a):
     with torch.autocast(a.device.type, torch.bfloat16, enabled=a.amp, cache_enabled=False):    # weights change, so no cache of them
         repaired = DEFENSES[defense](model, x, y, augment=shift, seed=a.seed, **tuned)
     v_thr, tau = (a.v_thr_d, a.tau_a) if attack == "badsnn" and defense != "restore" else (V_THR_N, TAU_N)
-    rates = {name: asr(repaired, scored, a, None, None, trigger) for name, trigger in triggers.items()}
-    row = dict(attack=attack, defense=defense, trigger=next(iter(rates)), v_thr=v_thr, tau=tau, **evaluate(repaired, scored, a, None, None),
-               asr=next(iter(rates.values())), asr_p=list(rates.values())[-1] if attack == "badsnn" else None)
+    rates = [asr(repaired, scored, a, None, None, trigger) for trigger in triggers.values()]
+    row = dict(attack=attack, defense=defense, trigger=next(iter(triggers)), v_thr=v_thr, tau=tau,
+               **evaluate(repaired, scored, a, None, None), asr=rates[0], asr_p=rates[-1] if attack == "badsnn" else None)
     if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
         row["asr_clean_model"] = asr(clean, scored, a, v_thr, tau, next(iter(triggers.values())))
     return dict(row, seconds=round(time.time() - started, 1))
@@ -639,10 +644,9 @@ def ablate(data, a):
 def study_threshold(data, a):
     """Fig. 2: a clean model's accuracy and spikes per sample against v_thr, without and with both readings of T_p."""
     model = train(data, a)
-    readings = {"none": None, "T_p": main_triggers(data, a)["asr_p"], "T_p re-normalised": main_triggers(data, a)["asr_p_renormalized"]}
     return [dict(v_thr=round(v_thr, 2), trigger=name, ca=share(predict(model, data.x_test, a, v_thr, TAU_N, trigger) == data.y_test),
                  spikes=spikes_per_sample(model, data.x_test, a, v_thr, TAU_N, trigger))
-            for v_thr in torch.linspace(0.5, 1.5, 11).tolist() for name, trigger in readings.items()]
+            for v_thr in torch.linspace(0.5, 1.5, 11).tolist() for name, trigger in {"none": None, **readings(data, a)}.items()]
 
 
 @torch.no_grad()
@@ -885,10 +889,10 @@ def table2(results):
                      f"{r['seconds'] / 60:.0f} min" + " |" * (len(names) + 1))
         for attack in dict.fromkeys(row["attack"] for row in r["rows"]):
             rows = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
-            for key in ("asr", "asr_p") if rows["none"]["trigger"] == "T_o" else ("asr",):
+            triggers = [d["trigger"] for d in r["detectors"] if d["attack"] == attack]      # the reported one first; for badsnn T_p, too
+            for key, trigger in zip(("asr", "asr_p"), triggers):
                 cells = [f"{row['ca']:.1f} / {row[key]:.1f} / {row['target_rate']:.1f}" + " †" * row["destroyed"]
                          for row in map(rows.get, names)]
-                trigger = [d["trigger"] for d in r["detectors"] if d["attack"] == attack][-1 if key == "asr_p" else 0]
                 trigger = f" ({trigger}), V_a {r['v_thr_d']:g}" * (trigger != attack)
                 lines.append(f"| {attack}{trigger} | " + " | ".join(cells) + " |")
             if r["dataset"] in PAPER_DEFENSES:

@@ -234,7 +234,7 @@ class _FusedLIF(torch.autograd.Function):
                 continue
             mean, rstd, n = stat
             grad_weight = grad_bias = None
-            b, c = torch.zeros_like(mean), torch.zeros_like(mean)
+            b, c = torch.zeros_like(mean), torch.zeros_like(mean)      # two: one for both would be compiled once more
             if n or any(ctx.needs_input_grad[5::3]):
                 sums = _norm_sums(grad, x, mean)
                 grad_weight, grad_bias = sums[1] * rstd, sums[0]

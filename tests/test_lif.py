@@ -49,7 +49,8 @@ def test_gradient_by_hand():
 @pytest.mark.parametrize("T", range(1, 9))
 def test_fused_equals_reference_for_every_T(T, monkeypatch):
     """Compiled for T = 1, 2, 4, 8: each is compiled anew, for seconds. The same code runs uncompiled for the rest."""
-    monkeypatch.setattr("lif.compiled.enabled", T in (1, 2, 4, 8))
+    if T not in (1, 2, 4, 8):
+        monkeypatch.setattr("lif.compiled.enabled", False)
     (s, g), (s_ref, g_ref) = fused_and_reference((T, 3, 5, 4, 7))
     assert torch.equal(s, s_ref) and torch.allclose(g, g_ref, atol=1e-5)
     assert 0 < s.mean() < 1
@@ -143,8 +144,9 @@ def test_surrogate_is_the_derivative_of_a_smooth_step(name):
     assert torch.equal(grad, SURROGATES[name](d))
 
 
-def test_a_higher_threshold_never_fires_more():
-    x = torch.rand(1, 200, 1).expand(8, 200, 1) * 2                  # constant input
+def test_a_higher_threshold_never_fires_more(monkeypatch):
+    monkeypatch.setattr("lif.compiled.enabled", False)               # 20 steps take long to compile
+    x = torch.rand(1, 200, 1).expand(20, 200, 1) * 2                 # constant input
     counts = [LIF(v_thr)(x).sum((0, 2)) for v_thr in (0.5, 0.8, 1.0, 1.2, 1.5)]
     assert all((a >= b).all() for a, b in zip(counts, counts[1:])) and counts[0].sum() > counts[-1].sum()
 
