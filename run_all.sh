@@ -38,6 +38,7 @@ else
     for dataset in digits ndigits; do
         "$python" badsnn.py attack --dataset "$dataset" "$@"
     done
+    echo "Table 1 took $((SECONDS - started)) s. Now Table 2 and the studies; stop here if Table 1 is all you want."
     "$python" badsnn.py defend --dataset digits "$@"
     for study in threshold magnitude power heatmap plif poison; do
         "$python" badsnn.py ablate --dataset digits --study "$study" "$@"
