@@ -1103,9 +1103,8 @@ def figure_defend(r, path):
     axes[-1].plot([d["strip_auroc"] for d in r["detectors"]], place, "o", color="black", label="STRIP")
     axes[-1].plot([d["spikes_auroc"] for d in r["detectors"]], place, "x", color="tab:blue", label="spike count")
     axes[-1].set(xlim=(-0.03, 1.03), yticks=place, yticklabels=labels, xlabel="AUROC (0.5: chance)", title="detectors, no defence")
-    axes[-1].legend(fontsize=7, loc="center left")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    for axis, where in ((axes[0], "outside lower left"), (axes[-1], "outside lower right")):
+        figure.legend(*axis.get_legend_handles_labels(), loc=where, ncols=3, fontsize=8, frameon=False)
     figure.suptitle(f"{r['dataset']}, seed {r['seed']}, threads: {r['threads']}", fontsize=9)
     save_figure(figure, path)
 
