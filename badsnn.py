@@ -1408,14 +1408,13 @@ def prepare(a):
     a.width, a.lambdas = a.width or WIDTHS[a.model], list(a.lambdas)
     a.v_thr_a, a.eval_batch, a.augment = sorted(set(a.v_thr_a)), 512, not a.no_augment
     if a.amp == "auto":
-        a.amp = torch.cuda.is_bf16_supported() if a.device.type == "cuda" else cpu_has_bfloat16()
+        a.amp = torch.cuda.is_bf16_supported() if a.device.type == "cuda" else cpu_has_amx()
     a.amp = a.amp is True or a.amp == "on"
     return data, a
 
 
-def cpu_has_bfloat16():
-    """Whether this CPU has matrix units for bfloat16 (AMX). AVX512-BF16 alone is no gain one can count on: a step of our networks took
-    0.7 to 1.3 times as long as in float32."""
+def cpu_has_amx():
+    """Whether this CPU has matrix units for bfloat16. AVX512-BF16 alone made training faster on one machine and slower on another."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 

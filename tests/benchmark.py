@@ -349,10 +349,10 @@ def main():
     if a.serve:
         torch.set_num_threads(a.threads)
         return serve(a.serve)
-    amp, cores = badsnn.cpu_has_bfloat16(), os.cpu_count()
+    amp, cores = badsnn.cpu_has_amx(), os.cpu_count()
     best = "bfloat16" if amp else "float32"
     result = {"torch": torch.__version__, "cores": cores, "cpu": torch.backends.cpu.get_cpu_capability(),
-              "bfloat16 in hardware": amp, "repeats": REPEATS}
+              "bfloat16 is the default": amp, "repeats": REPEATS}
     try:
         same_spikes_as_spikingjelly()
     except ImportError as error:
