@@ -8,14 +8,15 @@ The first use converts a set to ROOT/NAME.npz; later runs read only that file, w
 and checks the image sets; tonic downloads N-MNIST and turns events into frames (its licence is GPL-3.0, so it is
 imported only where events are read). digits ships inside scikit-learn and needs no network.
 """
-import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+
+from runs import replace_file
 
 IMAGE_SETS = ("digits", "cifar10", "cifar100", "gtsrb")
 EVENT_SETS = ("ndigits", "nmnist")
@@ -26,14 +27,66 @@ BY_HAND = {"cifar10": "cifar-10-python.tar.gz in {root}/", "cifar100": "cifar-10
            "nmnist": "the recordings as {root}/NMNIST/Train/<digit>/*.bin and {root}/NMNIST/Test/<digit>/*.bin"}
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory. x_train, x_test: uint8, images [N, C, H, W] or event counts [N, T, 2, 34, 34]; y_train, y_test: int64 [N]."""
+    name: str                       # of the folder of its results
+    events: bool
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    num_classes: int
+    mean: tuple                     # per channel, in [0, 1]; None for events
+    std: tuple
+    class_names: list
+    note: str                       # what a reader of a result must know of the set
+
+
+def load_for(s):
+    """The data set that the settings s name, cut to s.n_train and s.n_test samples. Raises ValueError where data and settings do not
+    fit."""
+    data = load(s.dataset, s.data, s.T)
+    if data.events != (s.model == "nmnist_net"):
+        holds, takes = ("events", "images") if data.events else ("images", "events")
+        raise ValueError(f"{s.dataset} holds {holds}; --model {s.model} takes {takes}")
+    if data.events and data.x_train.shape[1] != s.T:
+        raise ValueError(f"{s.dataset} has {data.x_train.shape[1]} steps per recording, not --T {s.T}")
+    if s.target >= data.num_classes:
+        raise ValueError(f"--target must be a class from 0 to {data.num_classes - 1}, not {s.target}")
+    for part, n in (("train", s.n_train), ("test", s.n_test)):
+        if n is not None:
+            x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+            if n > len(y):
+                raise ValueError(f"--n-{part} {n}: the set has only {len(y)}")
+            keep = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:n].sort().values
+            data = replace(data, **{f"x_{part}": x[keep], f"y_{part}": y[keep]})
+    poison_indices(data.y_train, s.target, s.poison_ratio, s.seed)      # raises if that is no sample
+    if round(s.baseline_ratio * len(data.y_train)) < 1:
+        raise ValueError(f"--baseline-ratio {s.baseline_ratio} selects none of the {len(data.y_train)} training samples")
+    if data.events and s.frames == "binary":
+        data = replace(data, name=f"{data.name}-binary")                # results and checkpoints of its own
+    return data
+
+
+def to_float(x, s):
+    """uint8 as stored -> what networks and triggers take: images in [0, 1]; event counts as they are, or clamped to [0, 1]."""
+    if x.dim() == 4:
+        return x.float() / 255
+    return x.float().clamp(max=1) if s.frames == "binary" else x.float()
+
+
+def to_uint8(x):
+    """Images in [0, 1] -> uint8 as stored, the inverse of to_float."""
+    return x.mul(255).round().byte()
+
+
 def load(name, root="data", T=4, seed=0):
     """Loads a data set into memory, converting it first if need be.
 
     name: one of IMAGE_SETS or EVENT_SETS, or the path of an .npz file. root: folder of the converted files.
     T: steps per recording (event sets only). seed: of the split, where a set has no official one.
-    Returns an object with x_train, x_test (uint8: images [N, C, H, W], or event counts [N, T, 2, 34, 34]), y_train,
-    y_test (int64), num_classes, mean and std per channel in [0, 1] (None for events), class_names, name, events (bool)
-    and note (what a reader of a result must know of the set). Raises ValueError with the remedy.
+    Returns a Dataset: x_train and x_test are images [N, C, H, W] or event counts [N, T, 2, 34, 34]. Raises ValueError with the remedy.
     """
     path = Path(name) if str(name).endswith(".npz") else None
     if path is None:
@@ -45,11 +98,8 @@ def load(name, root="data", T=4, seed=0):
         if not path.exists():
             print(f"preparing {name}: {path} (once)", flush=True)
             arrays = _convert(name, Path(root), T, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-            with open(part, "wb") as file:
+            with replace_file(path) as part, open(part, "wb") as file:
                 np.savez(file, **arrays)
-            os.replace(part, path)
     return _as_dataset(path, str(name))
 
 
@@ -84,7 +134,7 @@ def _as_dataset(path, name):
         mean, std = tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1e-3).tolist())
     names = arrays.get("class_names")
     names = [str(n) for n in names] if names is not None and len(names) == num_classes else [str(k) for k in range(num_classes)]
-    return SimpleNamespace(name=name, events=events, x_train=x_train, y_train=torch.from_numpy(y_train), x_test=x_test,
+    return Dataset(name=Path(name).stem, events=events, x_train=x_train, y_train=torch.from_numpy(y_train), x_test=x_test,
                            y_test=torch.from_numpy(y_test), num_classes=num_classes, mean=mean, std=std, class_names=names,
                            note=str(arrays.get("note", "")))
 

@@ -1,14 +1,16 @@
 """The paper's three spiking networks (Sec. 4.1): ResNet-19, VGG-16 and N-MNIST-Net, built from the neuron of lif.py.
 
     model = build_model("resnet19", num_classes=10, T=4, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
-    logits = model(images)                # [B, 3, H, W] in [0, 1]  ->  [B, K], the mean over T steps
+    logits = model(images)                # floats [B, 3, H, W] in [0, 1]  ->  [B, K], the mean over T steps
+    logits = model(images, every_step=True)      # [T, B, K], an answer per step, for losses that teach each (TET)
+    model.T = 8                                  # any number of steps: no weight depends on it
 
 An image is shown as a constant current: the first convolution sees it once and its output is fed to the first neurons
 T times ("direct coding"). From there on everything is spikes, [T, B, C, H, W], time first. Convolutions know no time,
 so they see T * B images; only the neurons connect one step to the next. BatchNorm is the plain one, over T * B.
 
 Each neuron layer is called as `lif(current, bn, ...)`: BatchNorm and the residual addition happen inside the neuron,
-in the same pass over memory (see lif.py). Results are those of `lif(bn(current) + residual)`.
+in the same pass over memory (see fused.py). Results are those of `lif(bn(current) + residual)`.
 """
 import contextlib
 
@@ -78,8 +80,16 @@ class Block(nn.Module):
         return self.lif2(h, self.bn2, residual=r, residual_norm=self.shortcut_bn)
 
 
+def check_input(x, fits, wanted, advice):
+    """Raises ValueError unless x fits and holds floats, with one line that says what to do."""
+    if not fits:
+        raise ValueError(f"this network takes {wanted}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"this network takes floats, not {x.dtype}: pass {advice}")
+
+
 class ImageSNN(nn.Module):
-    """Spiking network for static images. `stages` turn spikes into spikes; their outputs are the maps that NAD compares."""
+    """Spiking network for static images. `stages` turn spikes into spikes; NAD compares their outputs."""
 
     def __init__(self, stages, width, features, num_classes, T, neuron, bias, mean, std):
         super().__init__()
@@ -92,22 +102,23 @@ class ImageSNN(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.head = nn.Linear(features, num_classes)
 
-    def forward(self, x):
-        """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]."""
-        if x.dim() != 4 or x.shape[1] != self.mean.shape[1]:
-            raise ValueError(f"this network takes images [B, {self.mean.shape[1]}, H, W], got {list(x.shape)}")
+    def forward(self, x, every_step=False):
+        """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]; of every step [T, B, K], same mean."""
+        channels = self.mean.shape[1]
+        check_input(x, x.dim() == 4 and x.shape[1] == channels, f"images [B, {channels}, H, W]", "x.float() / 255")
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         current = self.conv(x)                                       # once per image: [B, C, H, W]
         s = self.lif(current.expand(self.T, *current.shape), self.bn)
         for stage in self.stages:
             s = stage(s)
-        rate = s.mean((0, 3, 4), dtype=torch.float32)                # [T, B, C, H, W] -> [B, C]
+        # [T, B, C, H, W] -> [B, C]: the head is linear, so the mean of its T answers is its answer to the mean
+        rate = s.mean((3, 4) if every_step else (0, 3, 4), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(rate)      # the head is linear, so its mean over T is the head of the mean
+            return self.head(rate)
 
 
 def resnet19(num_classes, T, width, neuron, mean, std):
-    """Spiking ResNet-19 as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x and 4x width, one linear head; [B, 3, H, W] -> [B, K].
+    """Spiking ResNet-19 as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x and 4x width, one linear head.
 
     Width 128 (the paper's): 12,569,226 parameters for 10 classes, 2,285 million multiply-adds per step at 32x32.
     """
@@ -120,9 +131,10 @@ def resnet19(num_classes, T, width, neuron, mean, std):
 
 
 def vgg16(num_classes, T, width, neuron, mean, std):
-    """Spiking VGG-16 (configuration D, as in SEENN, Li et al. 2023): 13 convolutions, 4 pools, one linear head; [B, 3, H, W] -> [B, K].
+    """Spiking VGG-16 (configuration D, as in SEENN, Li et al. 2023): 13 convolutions, 4 pools, one linear head.
 
     Width 64 (the paper's): 14,728,266 parameters for 10 classes, 313 million multiply-adds per step at 32x32.
+    # differs from SEENN: PyTorch's default initialisation; SEENN: He-normal with n = 9 * output channels
     """
     stages, c_in = [], width
     for multiple, convs in ((1, 1), (2, 2), (4, 3), (8, 3), (8, 3)):       # the first convolution is ImageSNN's own
@@ -135,11 +147,12 @@ def vgg16(num_classes, T, width, neuron, mean, std):
 
 
 class NMNISTNet(nn.Module):
-    """N-MNIST-Net (Abad et al. 2024, "Sneaky Spikes"): 2 convolutions, 2 fully connected layers, all spiking; 10 neurons
-    vote for each class. Its output is the firing rate of the voters, in [0, 1].
+    """N-MNIST-Net (Abad et al. 2024, "Sneaky Spikes"): 2 convolutions, 2 fully connected layers, all spiking.
+    10 neurons vote for each class; the output is the firing rate of the voters, in [0, 1].
 
     Width 128 (the paper's): 17,134,436 parameters for 10 classes, 62 million multiply-adds per step.
-    # differs from the paper: the source's neuron has no leak; Sec. 4.1 says LIF, so tau = 0.5 here as everywhere
+    # differs from the source: its neuron has no leak; Sec. 4.1 says LIF, so tau = 0.5 here as everywhere
+    # differs from the source: triangle surrogate, gradients flow through the reset; source: ATan, detached reset
     """
 
     def __init__(self, num_classes, T, width, neuron):
@@ -150,17 +163,17 @@ class NMNISTNet(nn.Module):
         self.fc1, self.lif1 = nn.Linear(width * 8 * 8, 16 * width), neuron()
         self.fc2, self.lif2 = nn.Linear(16 * width, 10 * num_classes), neuron()
 
-    def forward(self, x):
-        """x: event frames [B, T, 2, 34, 34], floats, events counted per step -> firing rates [B, K]."""
-        if x.dim() != 5 or tuple(x.shape[1:]) != (self.T, 2, 34, 34):
-            raise ValueError(f"this network takes event frames [B, {self.T}, 2, 34, 34], got {list(x.shape)}")
+    def forward(self, x, every_step=False):
+        """x: event frames [B, T, 2, 34, 34], floats, events counted per step -> firing rates [B, K], or [T, B, K]."""
+        shape = (self.T, 2, 34, 34)
+        check_input(x, x.shape[1:] == shape, f"event frames [B, {', '.join(map(str, shape))}]", "x.float()")
         s = x.transpose(0, 1)                                        # [T, B, 2, 34, 34]
         s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
         for stage in self.stages:
             s = stage(s)
         s = self.lif1(self.fc1(self.dropout(s.flatten(2))))
         s = self.lif2(self.fc2(self.dropout(s)))                     # [T, B, 10 K]
-        return s.float().unflatten(2, (-1, 10)).mean((0, 3))
+        return s.float().unflatten(2, (-1, 10)).mean(3 if every_step else (0, 3))
 
     def dropout(self, s):
         """Drops half of the features, the same ones at every step: [T, B, N] -> [T, B, N]."""
@@ -193,7 +206,7 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
 
 @contextlib.contextmanager
 def frozen(model):
-    """Eval mode and no gradients for the weights inside the block, then as before: for whatever only looks at the input."""
+    """Eval mode and no gradients for the weights inside the block, then as before: for what only looks at the input."""
     training, needed = model.training, [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:

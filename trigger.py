@@ -12,10 +12,13 @@ T_o, the optimised trigger, is a small network trained against the backdoored on
 
 The triggers of the four baseline attacks are at the end: badnets, blend, wanet, clean_label.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import to_float, to_uint8
 from models import frozen
 
 
@@ -218,7 +221,7 @@ def optimized_trigger(x, generator, target, magnitude=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The baseline attacks' triggers (Table 2). They are learned from poisoned training images, see poison() in badsnn.py.
+# The baseline attacks (Table 2): their triggers, and how each poisons the training images.
 
 def badnets(x, size=3):
     """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner. Images [B, C, H, W] -> the same."""
@@ -281,3 +284,51 @@ def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
             gradient = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)[0]
             x_adv = (x_adv.detach() + step * gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
     return x_adv
+
+
+BASELINES = {"badnets": lambda model, seed: badnets,
+             "blend": lambda model, seed: partial(blend, seed=seed),
+             "wanet": lambda model, seed: partial(wanet, field=model.field),
+             "clean_label": lambda model, seed: clean_label}     # name -> its trigger, given the attacked model and the seed
+
+
+def poison(data, s, attack, reference=None):
+    """The training set of a baseline attack, which poisons a share (baseline_ratio) of ALL samples: x [N, C, H, W], y [N] (uint8,
+    int64) and a sentence for the log. Other attacks get the set unchanged.
+
+    BadNets (Gu et al. 2017) and Blended mark samples of any class and relabel them as the target. Clean-label marks samples of the
+    target class only, after PGD against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet: see
+    wanet_batch.
+    # differs from the sources: PGD's reference is our clean spiking network, not an adversarially trained ResNet-18
+    """
+    x, y, count = data.x_train, data.y_train, round(s.baseline_ratio * len(data.y_train))
+    if attack not in BASELINES or attack == "wanet":
+        return x, y, f", of every batch {100 * s.baseline_ratio:g} % warped, twice as many as noise" if attack == "wanet" else ""
+    candidates, note = torch.arange(len(y)), f", of them {count} poisoned"
+    if attack == "clean_label":
+        candidates = (y == s.target).nonzero().flatten()
+        note = f", of them {count} of class {s.target} poisoned"
+        if count > len(candidates):     # 5 % of the whole set may be more than there are of the target class
+            count = max(1, round(s.baseline_ratio * len(candidates)))
+            note = f", of them {count} poisoned: {100 * s.baseline_ratio:g} % of class {s.target}, too small for that share of the set"
+    chosen = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(s.seed))[:count]]
+    images = to_float(x[chosen].to(s.device), s)
+    if attack == "clean_label":
+        parts = zip(images.split(128), y[chosen].to(s.device).split(128))
+        images = torch.cat([pgd(reference, part, labels, seed=s.seed + i) for i, (part, labels) in enumerate(parts)])
+    marked = BASELINES[attack](reference, s.seed)(images)
+    x, y = x.clone(), y.clone()
+    x[chosen], y[chosen] = to_uint8(marked).cpu(), s.target
+    return x, y, note
+
+
+def wanet_batch(x, y, s, field, generator):
+    """WaNet's poisoning (Nguyen and Tran 2021) of one batch, x uint8 [B, C, H, W]: a share is warped and relabelled, twice as many
+    are warped with extra noise and keep their label, so that only the exact field means the target."""
+    expected = s.baseline_ratio * len(x)      # small batches: rounded up or down at random, right on average
+    n = int(expected + torch.rand((), generator=generator).item())
+    noise = torch.rand(min(2 * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1
+    images = to_float(x[:n + len(noise)], s)
+    warped = torch.cat([wanet(images[:n], field), wanet(images[n:], field, noise=noise)])
+    x = torch.cat([to_uint8(warped), x[n + len(noise):]])
+    return x, torch.cat([torch.full_like(y[:n], s.target), y[n:]])

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -6,10 +7,26 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    import data
+    folder = tmp_path_factory.mktemp("data")
+    data.load("digits", folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, digits):
+    """An empty folder to run in, with the digits at hand."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(digits, "data")
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def compile_only_where_it_matters(request, monkeypatch):
     """The neuron is compiled in the tests of the neuron and where networks learn. Elsewhere, and in the processes that tests start,
     the same code runs uncompiled: a compilation costs seconds, and what is tested there does not depend on it."""
-    if request.module.__name__ != "test_lif" and not request.node.name.startswith("test_a_small_batch_can_be_learned"):
-        monkeypatch.setattr("lif.compiled.enabled", False)
+    if request.module.__name__ not in ("test_lif", "test_fused") and not request.node.name.startswith("test_a_small_batch_can_be_learned"):
+        monkeypatch.setattr("fused.compiled.enabled", False)
         monkeypatch.setenv("BADSNN_COMPILE", "0")

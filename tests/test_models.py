@@ -15,7 +15,7 @@ INPUT = {"resnet19": (3, 32, 32), "vgg16": (3, 32, 32), "nmnist_net": (2, 2, 34,
     ("resnet19", 12_569_226, 19, 17, 2285), ("vgg16", 14_728_266, 13, 13, 313), ("nmnist_net", 17_134_436, 2, 4, 62)])
 def test_the_papers_sizes(name, parameters, convs, neuron_layers, macs, monkeypatch):
     """Counts as stated in the docstrings; multiply-adds (in millions) are PyTorch's own count of one step."""
-    monkeypatch.setattr("lif.compiled.enabled", False)
+    monkeypatch.setattr("fused.compiled.enabled", False)
     model = build_model(name, 10, T=1, width=PAPER_WIDTHS[name]).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     kinds = [type(m) for m in model.modules()]
@@ -29,7 +29,8 @@ def test_the_papers_sizes(name, parameters, convs, neuron_layers, macs, monkeypa
 def test_resnet19_layer_by_layer():
     """The network against the same weights applied with torch.nn.functional and lif_reference."""
     torch.manual_seed(0)
-    model, x = build_model("resnet19", 5, T=2, width=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)), torch.rand(2, 3, 16, 16)
+    model = build_model("resnet19", 5, T=2, width=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    x = torch.rand(2, 3, 16, 16)
 
     def steps(f, s):
         return torch.stack([f(frame) for frame in s])
@@ -81,6 +82,34 @@ def test_settings_per_sample_reach_the_network():
     assert torch.allclose(mixed[2], model.head.bias, atol=1e-6)          # no spike reaches the head
 
 
+@pytest.mark.parametrize("name", INPUT)
+def test_the_answer_of_every_step(name):
+    """[T, B, K], for the TET loss: its mean over T is the default answer, it knows no later step, and T may grow."""
+    torch.manual_seed(0)
+    model, x = build_model(name, 5, T=2, width=4).eval(), torch.rand(3, *INPUT[name])
+    with neurons(model, v_thr=0.1):                      # fresh networks are silent at 1.0
+        before = model(x, every_step=True)
+        assert before.shape == (2, 3, 5) and torch.allclose(before.mean(0), model(x), atol=1e-5)
+        x, model.T = torch.cat([x, x.flip(0)], 1) if name == "nmnist_net" else x, 4
+        after = model(x, every_step=True)
+        assert after.shape == (4, 3, 5) and torch.allclose(after.mean(0), model(x), atol=1e-5)
+    assert torch.allclose(after[:2], before, atol=1e-5) and not torch.equal(after[0], after[3])
+    F.cross_entropy(model.train()(x, every_step=True).flatten(0, 1), torch.tensor([0, 1, 2]).repeat(4)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name, neuron", [("resnet19", "lif"), ("vgg16", "plif")])
+def test_a_deployed_model_is_saved_with_its_setting(name, neuron):
+    model, again = (build_model(name, 4, T=2, width=4, neuron=neuron).eval() for _ in range(2))
+    with neurons(model, v_thr=1.2):
+        again.load_state_dict(model.state_dict())
+    assert {m.v_thr for m in again.modules() if isinstance(m, LIF)} == {1.2}
+    assert {m.v_thr for m in model.modules() if isinstance(m, LIF)} == {1.0}
+    x = torch.rand(2, 3, 16, 16)
+    with neurons(model, v_thr=1.2), torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
 @pytest.mark.parametrize("name, neuron", [("resnet19", "lif"), ("vgg16", "plif"), ("nmnist_net", "lif")])
 def test_a_small_batch_can_be_learned(name, neuron):
     torch.manual_seed(0)
@@ -102,7 +131,8 @@ def test_a_small_batch_can_be_learned(name, neuron):
 
 @pytest.mark.parametrize("kwargs, message", [
     (dict(name="resnet20"), "unknown model"), (dict(name="vgg16", neuron="izhikevich"), "unknown neuron"),
-    (dict(name="vgg16", T=0), "T must"), (dict(name="vgg16", width=0), "width must"), (dict(name="vgg16", num_classes=1), "num_classes")])
+    (dict(name="vgg16", T=0), "T must"), (dict(name="vgg16", width=0), "width must"),
+    (dict(name="vgg16", num_classes=1), "num_classes")])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build_model(**{"num_classes": 10, **kwargs})
@@ -113,3 +143,10 @@ def test_bad_input_shapes():
         build_model("resnet19", 10, width=4)(torch.rand(2, 1, 32, 32))
     with pytest.raises(ValueError, match="event frames"):
         build_model("nmnist_net", 10, T=4, width=4)(torch.rand(2, 5, 2, 34, 34))
+
+
+@pytest.mark.parametrize("name, advice", [("resnet19", "255"), ("vgg16", "255"), ("nmnist_net", "float")])
+def test_integers_are_refused(name, advice):
+    """As uint8 they come from data.load: a network that took them at face value would see only white."""
+    with pytest.raises(ValueError, match=f"uint8.*{advice}"):
+        build_model(name, 10, T=2, width=4)(torch.ones(2, *INPUT[name], dtype=torch.uint8))

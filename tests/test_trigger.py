@@ -1,10 +1,15 @@
 """The triggers: by arithmetic, in range, repeatable."""
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from common import prepared_as
 from torch import nn
 
+import badsnn
+import trigger
 from lif import neurons
 from models import build_model, frozen
 from trigger import (
@@ -17,6 +22,7 @@ from trigger import (
     deepfool,
     optimized_trigger,
     pgd,
+    poison,
     power_trigger,
     spike_trigger,
     train_unet,
@@ -256,3 +262,39 @@ def test_pgd_stays_in_its_ball_and_hurts():
     assert loss[1] > loss[0] + 1
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert torch.equal(x_adv, pgd(model, x, y, eps=0.1, step=0.02, steps=10))
+
+
+def test_poison_is_as_published(workplace, monkeypatch):
+    """Who is poisoned, with what, and with which label; the same for the same seed; nothing else is touched."""
+    data, s = prepared_as("--dataset", "digits", "--width", "4", "--T", "2")
+    monkeypatch.setattr(trigger, "pgd", partial(pgd, steps=11))       # 16 / 255 and more, in steps of 1.5 / 255
+    reference = badsnn.fresh_model(data, s)
+    for name in ("badnets", "blend", "clean_label"):
+        x, y, _ = poison(data, s, name, reference)
+        changed = (x != data.x_train).flatten(1).any(1)
+        assert torch.equal(x, poison(data, s, name, reference)[0])
+        assert changed.sum() == round(0.05 * len(y)) == 72
+        assert (y[changed] == s.target).all() and torch.equal(y[~changed], data.y_train[~changed])
+        if name == "clean_label":                            # labels were right to begin with
+            assert torch.equal(y, data.y_train)
+            inside = (x[changed].int() - data.x_train[changed].int()).abs()[:, :, 3:-3]
+            assert inside.max() == 16                        # PGD's ball, away from the corner patterns
+        else:
+            marked = trigger.BASELINES[name](reference, s.seed)(data.x_train[changed].float() / 255)
+            assert torch.equal(x[changed], marked.mul(255).round().byte())
+            assert (data.y_train[changed] == s.target).sum() < 20            # drawn from all classes
+    x, y, note = poison(data, replace(s, baseline_ratio=0.5), "clean_label", reference)           # half of all is more than the class has
+    assert (x != data.x_train).flatten(1).any(1).sum() == round(0.5 * (y == 0).sum().item()) and "too small" in note
+
+
+def test_wanet_batch(workplace):
+    """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is untouched."""
+    data, s = prepared_as("--dataset", "digits", "--baseline-ratio", "0.1")
+    field = wanet_field((16, 16))
+    x, y = data.x_train[data.y_train != 0][:100], data.y_train[data.y_train != 0][:100]
+    x2, y2 = trigger.wanet_batch(x, y, s, field, torch.Generator().manual_seed(0))
+    assert (y2 == 0).sum() == 10 and torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
+    assert torch.equal(x2[:10], wanet(x[:10].float() / 255, field).mul(255).round().byte())
+    assert not torch.equal(x2[10:30], wanet(x[10:30].float() / 255, field).mul(255).round().byte())
+    counts = [(trigger.wanet_batch(x[:4], y[:4], s, field, torch.Generator().manual_seed(i))[1] == 0).sum().item() for i in range(200)]
+    assert set(counts) == {0, 1} and 0.3 < sum(counts) / 200 < 0.5           # 0.4 of a sample per batch, on average

@@ -1,0 +1,249 @@
+"""The neuron of lif.py, fast: the numbers of `lif_reference` in one pass over memory, compiled by torch.compile.
+
+In a network, a neuron's input is BatchNorm(convolution), in a residual block plus the shortcut. None of these is
+limited by arithmetic, all by reading and writing memory; so the kernels below do all of them together:
+
+    x[t] = sum over the inputs of (scale * input[t] + shift)      scale, shift: BatchNorm, or nothing
+    v[t] = tau u[t-1] + x[t],   s[t] = step(v[t] - v_thr),   u[t] = v[t] (1 - s[t])      charge, fire, reset: lif.py
+
+The forward pass reads the inputs and writes the spikes, nothing else. The backward pass computes v again from the
+inputs, which is cheaper than to write it in the forward pass and read it back. LIF.forward calls `fused_lif`.
+
+THE BACKWARD PASS BY HAND. Let h be the surrogate, grad[t] = dL/ds[t] what arrives from above, g = dL/du[t] what arrives
+from step t + 1. s[t] acts on L directly and through u[t]; v[t] through s[t] and u[t]. So, backwards in time:
+
+    dL/ds = grad[t] - g v[t]                      dL/dv = g (1 - s[t]) + dL/ds * h(v[t] - v_thr)
+    dL/dx[t] = dL/dv                              dL/du[t-1] = tau dL/dv,   dL/dtau = sum over t of dL/dv * u[t-1]
+
+THROUGH BATCHNORM, y = weight (x - mean) rstd + bias with n values per channel: the gradient is a grad + b x + c, where
+a = weight rstd and, as mean and rstd depend on x too, b = -a rstd^2 sum(grad (x - mean)) / n and
+c = -a sum(grad) / n - b mean. With running statistics, which are constants, b = c = 0.
+"""
+import logging
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# ----- Compiling: where it works, and never a reason to fail.
+
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)     # warns of CUDA files beside no GPU
+try:
+    os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "."), exist_ok=True)
+except OSError as error:            # PyTorch's optimisers would fail as well: they import the compiler
+    warnings.warn(f"TORCHINDUCTOR_CACHE_DIR cannot be used ({error}); compiled code goes to PyTorch's own folder")
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+class compiled:
+    """Decorator: the function under torch.compile, or as it is where that fails (no C++ compiler, say); said once."""
+    enabled = os.environ.get("BADSNN_COMPILE", "1") != "0"
+
+    def __init__(self, fn):
+        self.fn, self.fast = fn, None
+
+    def __call__(self, *args):
+        if not compiled.enabled:
+            return self.fn(*args)
+        try:
+            if self.fast is None:
+                set_up_compiler()
+                self.fast = torch.compile(self.fn, dynamic=True)
+            return self.fast(*args)
+        except Exception as error:
+            result = self.fn(*args)         # raises as well if the arguments are to blame, not the compiler
+            compiled.enabled = False
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"torch.compile fails here ({reason}); the neuron runs uncompiled, a few times slower")
+            return result
+
+
+def set_up_compiler():
+    """Settings without a public name: a PyTorch that lacks one compiles more often, or gives up earlier."""
+    dynamo, shapes = torch._dynamo.config, getattr(torch.fx.experimental, "_config", None)
+    for config, name, value in ((dynamo, "recompile_limit", 64), (dynamo, "cache_size_limit", 64),    # PyTorch 2.7, 2.6
+                                (shapes, "use_duck_shape", False)):          # sizes that happen to be equal stay two
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
+# ----- The kernels. Tensors are [T, B, M, C]: C channels last, M pixels. v_thr and tau are tensors [B], so that
+# changing them never compiles anything again. T is known when a kernel is compiled, all other sizes are open.
+
+def _charge(v, tau, inputs, scales, shifts, t):
+    v = tau * v
+    for x, scale, shift in zip(inputs, scales, shifts):
+        x = x[t].float()
+        v = v + (x if scale is None else x * scale + shift)
+    return v
+
+
+@compiled
+def _lif_forward(inputs, scales, shifts, v_thr, tau):
+    """Returns the spikes [T, B, M, C]."""
+    v_thr, tau = v_thr[:, None, None], tau[:, None, None]
+    v, spikes = 0.0, []
+    for t in range(inputs[0].shape[0]):
+        v = _charge(v, tau, inputs, scales, shifts, t)
+        fired = v >= v_thr
+        v = torch.where(fired, 0.0, v)
+        spikes.append(torch.where(fired, 1.0, 0.0).to(inputs[0].dtype))
+    return torch.stack(spikes)
+
+
+@compiled
+def _lif_backward(grad, inputs, scales, shifts, v_thr, tau, surrogate, learn_tau):
+    """Returns dL/dx [T, B, M, C] and, for PLIF, dL/dtau [B]."""
+    v_thr, tau = v_thr[:, None, None], tau[:, None, None]
+    T = grad.shape[0]
+    v, before, charged = torch.zeros_like(grad[0], dtype=torch.float32), [], []
+    for t in range(T):
+        before.append(v)
+        v = _charge(v, tau, inputs, scales, shifts, t)
+        charged.append(v)
+        v = torch.where(v >= v_thr, 0.0, v)
+    g, grad_tau, grad_x = 0.0, 0.0, [None] * T
+    for t in reversed(range(T)):
+        v = charged[t]
+        grad_s = grad[t].float() - g * v
+        grad_v = torch.where(v >= v_thr, 0.0, g) + grad_s * surrogate(v - v_thr)
+        if learn_tau:
+            grad_tau = grad_tau + grad_v * before[t]
+        grad_x[t] = grad_v.to(grad.dtype)
+        g = tau * grad_v
+    return torch.stack(grad_x), grad_tau.sum((1, 2)) if learn_tau else None
+
+
+@compiled
+def _moments(x, origin):
+    """Per channel, the sums of x - origin and of its square -> [2, C]. An origin near the mean avoids cancellation."""
+    d = x.float() - origin
+    return torch.stack([d.sum(2), (d * d).sum(2)]).sum((1, 2))
+
+
+@compiled
+def _norm_sums(grad, x, mean):
+    """The two sums of BatchNorm's backward pass, of grad and of grad * (x - mean), per channel -> [2, C]."""
+    g = grad.float()
+    return torch.stack([g.sum(2), (g * (x.float() - mean)).sum(2)]).sum((1, 2))
+
+
+@compiled
+def _norm_backward(grad, x, a, b, c):
+    """The gradient through BatchNorm, with a, b, c per channel."""
+    return (a * grad.float() + b * x.float() + c).to(x.dtype)
+
+
+# ----- The autograd function around the kernels.
+
+def _sum_over_ranks(x):
+    """Data-parallel training (torchrun): BatchNorm must see the whole batch, not this process's share."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def _flat(x, channels_last):
+    """[T, B, ...] -> [T, B, M, C], without a copy when x lies in memory as asked."""
+    # .data: torch.compile compiles a function once more for tensors that are views of others; so none of ours are
+    if channels_last and x.dim() > 3:
+        x = x.movedim(2, -1)
+        return x.reshape(*x.shape[:2], -1, x.shape[-1]).contiguous().data
+    return x.reshape(*x.shape[:2], 1, -1).contiguous().data
+
+
+def _unflat(x, shape, channels_last):
+    if channels_last and len(shape) > 3:
+        return x.view(*shape[:2], *shape[3:], shape[2]).movedim(-1, 2)
+    return x.view(shape)
+
+
+class _FusedLIF(torch.autograd.Function):
+    """spikes = LIF(sum of the inputs, batch-normalised or not). Arguments: settings, (x, weight, bias) per input."""
+
+    @staticmethod
+    def forward(ctx, surrogate, norms, v_thr, tau, *terms):
+        originals, weights, biases = terms[0::3], terms[1::3], terms[2::3]
+        shape = originals[0].shape
+        # a lone contiguous input needs no notion of channels; everything else runs with channels last
+        last = any(norms) or len(norms) > 1 or not originals[0].is_contiguous()
+        inputs = [_flat(x, last) for x in originals]
+        stats = [_batch_statistics(norm, x) if norm else None for norm, x in zip(norms, inputs)]
+        scales = [weight * stat[1] if stat else None for weight, stat in zip(weights, stats)]
+        shifts = [bias - stat[0] * scale if stat else None for bias, stat, scale in zip(biases, stats, scales)]
+        spikes = _lif_forward(inputs, scales, shifts, v_thr.data, tau.data)
+        # keeping the caller's own tensors: PyTorch notices when they change in place before the backward pass
+        kept = [x if x.data_ptr() == y.data_ptr() else _unflat(y, shape, last) for x, y in zip(originals, inputs)]
+        ctx.save_for_backward(v_thr, tau, *kept)
+        ctx.more = surrogate, norms, shape, last, stats, scales, shifts
+        return _unflat(spikes, shape, last).data    # no view, so that it may be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        v_thr, tau, *inputs = ctx.saved_tensors
+        surrogate, norms, shape, last, stats, scales, shifts = ctx.more
+        grad, *inputs = [_flat(x, last) for x in (grad, *inputs)]
+        grad, grad_tau = _lif_backward(grad, inputs, scales, shifts, v_thr.data, tau.data, surrogate,
+                                       ctx.needs_input_grad[3])
+        grads = []
+        for x, norm, stat, scale in zip(inputs, norms, stats, scales):
+            if not norm:
+                grads += [_unflat(grad, shape, last), None, None]
+                continue
+            mean, rstd, n = stat
+            grad_weight = grad_bias = None
+            b, c = torch.zeros_like(mean), torch.zeros_like(mean)      # two: one for both would be compiled once more
+            if n or any(ctx.needs_input_grad[5::3]):
+                sums = _norm_sums(grad, x, mean)
+                grad_weight, grad_bias = sums[1] * rstd, sums[0]
+            if n:   # batch statistics: they depend on x as well
+                total = _sum_over_ranks(sums.clone())
+                b = -scale * rstd ** 2 * total[1] / n
+                c = -scale * total[0] / n - b * mean
+            grads += [_unflat(_norm_backward(grad, x, scale, b, c), shape, last), grad_weight, grad_bias]
+        return None, None, None, grad_tau, *grads
+
+
+def _batch_statistics(norm, x):
+    """BatchNorm's mean, 1 / std [C] and number of values n per channel (n = 0: running statistics, constants)."""
+    origin = norm.running_mean.clone()      # a copy: the backward pass must not see later changes
+    if not norm.training:
+        return origin, (norm.running_var + norm.eps).rsqrt(), 0
+    n = x.numel() // x.shape[-1] * (dist.get_world_size() if dist.is_initialized() else 1)
+    mean, square = _sum_over_ranks(_moments(x, origin)) / n
+    var = (square - mean ** 2).clamp(min=0)
+    mean = mean + origin
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(var * n / max(n - 1, 1), norm.momentum)   # PyTorch keeps the unbiased variance
+    norm.num_batches_tracked += 1
+    return mean, (var + norm.eps).rsqrt(), n
+
+
+def _check(x, norm, shape):
+    """Raises ValueError for what the kernels would silently take for something else."""
+    if not x.is_floating_point():
+        raise ValueError(f"a neuron takes floating point numbers, not {x.dtype}: x.float(), for images x.float() / 255")
+    if x.shape != shape:
+        raise ValueError(f"the residual {list(x.shape)} must have the shape of the input {list(shape)}")
+    if norm is None:
+        return
+    plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+    if not plain or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        raise ValueError("the neuron computes BatchNorm itself, so it must be a plain nn.BatchNorm2d (affine, running "
+                         f"statistics, a momentum, no hooks), not {norm}; apply anything else before the neuron")
+    if x.dim() != 5 or x.shape[2] != norm.num_features or norm.training and x.numel() <= x.shape[2]:
+        raise ValueError(f"{norm} needs [T, B, C, H, W], several values per channel in training; got {list(x.shape)}")
+
+
+def fused_lif(x_seq, v_thr, tau, surrogate, norm=None, residual=None, residual_norm=None):
+    """Spikes of x_seq [T, B, ...]. v_thr, tau: float32 [B]; surrogate: a function of v - v_thr; else as LIF.forward."""
+    terms = [(x_seq, norm)] if residual is None else [(x_seq, norm), (residual, residual_norm)]
+    for x, bn in terms:
+        _check(x, bn, x_seq.shape)
+    arguments = [p for x, bn in terms for p in (x, bn and bn.weight, bn and bn.bias)]
+    with torch.autocast(x_seq.device.type, enabled=False):      # bfloat16 in, float32 inside, bfloat16 out
+        return _FusedLIF.apply(surrogate, [bn for _, bn in terms], v_thr, tau, *arguments)
