@@ -6,8 +6,7 @@ limited by arithmetic, all by reading and writing memory; so the kernels below d
     x[t] = sum over the inputs of (scale * input[t] + shift)      scale, shift: BatchNorm, or nothing
     v[t] = tau u[t-1] + x[t],   s[t] = step(v[t] - v_thr),   u[t] = v[t] (1 - s[t])      charge, fire, reset: lif.py
 
-The forward pass reads the inputs and writes the spikes, nothing else. The backward pass computes v again from the
-inputs, which is cheaper than to write it in the forward pass and read it back. LIF.forward calls `fused_lif`.
+The forward pass writes nothing but the spikes; the backward pass computes v again, cheaper than to write and read it.
 
 THE BACKWARD PASS BY HAND. Let h be the surrogate, grad[t] = dL/ds[t] what arrives from above, g = dL/du[t] what arrives
 from step t + 1. s[t] acts on L directly and through u[t]; v[t] through s[t] and u[t]. So, backwards in time:
@@ -26,9 +25,6 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
-
-# ----- Compiling: where it works, and never a reason to fail.
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)     # warns of CUDA files beside no GPU
 try:
@@ -56,8 +52,7 @@ class compiled:
         except Exception as error:
             result = self.fn(*args)         # raises as well if the arguments are to blame, not the compiler
             compiled.enabled = False
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"torch.compile fails here ({reason}); the neuron runs uncompiled, a few times slower")
+            warnings.warn(f"torch.compile fails here ({error!r:.99}); the neuron runs uncompiled, a few times slower")
             return result
 
 
@@ -95,8 +90,8 @@ def _lif_forward(inputs, scales, shifts, v_thr, tau):
 
 
 @compiled
-def _lif_backward(grad, inputs, scales, shifts, v_thr, tau, surrogate, learn_tau):
-    """Returns dL/dx [T, B, M, C] and, for PLIF, dL/dtau [B]."""
+def _lif_backward(grad, inputs, scales, shifts, means, v_thr, tau, surrogate, learn_tau):
+    """Returns dL/dx, for PLIF dL/dtau [B], and per input with a mean the sums of dL/dx and dL/dx (input - mean)."""
     v_thr, tau = v_thr[:, None, None], tau[:, None, None]
     T = grad.shape[0]
     v, before, charged = torch.zeros_like(grad[0], dtype=torch.float32), [], []
@@ -114,30 +109,99 @@ def _lif_backward(grad, inputs, scales, shifts, v_thr, tau, surrogate, learn_tau
             grad_tau = grad_tau + grad_v * before[t]
         grad_x[t] = grad_v.to(grad.dtype)
         g = tau * grad_v
-    return torch.stack(grad_x), grad_tau.sum((1, 2)) if learn_tau else None
+    grad_x = torch.stack(grad_x)
+    sums = [None if mean is None else _sums(grad_x.float(), x.float() - mean) for x, mean in zip(inputs, means)]
+    return grad_x, grad_tau.sum((1, 2)) if learn_tau else None, sums
+
+
+def _sums(a, b):
+    return torch.stack([a.sum(2), (a * b).sum(2)]).sum((1, 2))        # of a and of a b, per channel: [2, C]
 
 
 @compiled
 def _moments(x, origin):
-    """Per channel, the sums of x - origin and of its square -> [2, C]. An origin near the mean avoids cancellation."""
-    d = x.float() - origin
-    return torch.stack([d.sum(2), (d * d).sum(2)]).sum((1, 2))
-
-
-@compiled
-def _norm_sums(grad, x, mean):
-    """The two sums of BatchNorm's backward pass, of grad and of grad * (x - mean), per channel -> [2, C]."""
-    g = grad.float()
-    return torch.stack([g.sum(2), (g * (x.float() - mean)).sum(2)]).sum((1, 2))
+    """The sums of x - origin and of its square. An origin near the mean avoids cancellation."""
+    return _sums(x.float() - origin, x.float() - origin)
 
 
 @compiled
 def _norm_backward(grad, x, a, b, c):
-    """The gradient through BatchNorm, with a, b, c per channel."""
-    return (a * grad.float() + b * x.float() + c).to(x.dtype)
+    """The gradient through BatchNorm, with a, b, c per channel; b = c = None stands for zeros."""
+    grad = a * grad.float()
+    return (grad if b is None else grad + b * x.float() + c).to(x.dtype)
 
 
-# ----- The autograd function around the kernels.
+# ----- The autograd function around the kernels. On a CPU, rows of C values that are shorter than a cache line, 64
+# bytes, cost up to eight times as much; so p pixels are folded into one row: [M, C] becomes [M / p, p C], no copy.
+
+def _pixels_per_row(x):
+    pixels, size = x.shape[3:].numel(), x.shape[2:3].numel() * x.element_size()
+    return next((p for p in (8, 4, 2) if pixels % p == 0 and pixels > p and p * size <= 64), 1)
+
+
+def _wide(a, p):
+    return a if p == 1 else torch.cat([a] * p, -1)              # [..., C] -> [..., p C]
+
+
+def _narrow(sums, p):
+    return sums if p == 1 else sums.view(2, p, -1).sum(1)       # [2, p C] -> [2, C]
+
+
+def _flat(x, p):
+    """[T, B, ...] -> [T, B, M / p, p C], without a copy when x lies in memory as asked; p = 0: [T, B, 1, N]."""
+    # .data: torch.compile compiles a function once more for tensors that are views of others; so none of ours are
+    last = p and x.dim() > 3
+    x = x.movedim(2, -1).reshape(*x.shape[:2], -1, p * x.shape[2]) if last else x.reshape(*x.shape[:2], 1, -1)
+    return x.contiguous().data
+
+
+def _unflat(x, shape, p):
+    return x.view(*shape[:2], *shape[3:], shape[2]).movedim(-1, 2) if p and len(shape) > 3 else x.view(shape)
+
+
+class _FusedLIF(torch.autograd.Function):
+    """spikes = LIF(sum of the inputs, batch-normalised or not). Arguments: settings, (x, weight, bias) per input."""
+
+    @staticmethod
+    def forward(ctx, surrogate, norms, v_thr, tau, *terms):
+        originals, weights, biases, shape = terms[0::3], terms[1::3], terms[2::3], terms[0].shape
+        # a lone contiguous input needs no notion of channels; everything else runs with channels last
+        p = _pixels_per_row(originals[0]) if any(norms) or len(norms) > 1 or not originals[0].is_contiguous() else 0
+        inputs = [_flat(x, p) for x in originals]
+        stats = [_batch_statistics(norm, x, p) if norm else None for norm, x in zip(norms, inputs)]
+        scales = [_wide(weight, p) * stat[1] if stat else None for weight, stat in zip(weights, stats)]
+        shifts = [_wide(bias, p) - stat[0] * a if stat else None for bias, stat, a in zip(biases, stats, scales)]
+        spikes = _lif_forward(inputs, scales, shifts, v_thr.data, tau.data)
+        # keeping the caller's own tensors: PyTorch notices when they change in place before the backward pass
+        ctx.save_for_backward(v_thr, tau, *(x if x.data_ptr() == y.data_ptr() else _unflat(y, shape, p)
+                                            for x, y in zip(originals, inputs)))
+        ctx.more = surrogate, shape, p, stats, scales, shifts
+        return _unflat(spikes, shape, p).data    # no view, so that it may be changed in place
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        v_thr, tau, *inputs = ctx.saved_tensors
+        surrogate, shape, p, stats, scales, shifts = ctx.more
+        grad, *inputs = [_flat(x, p) for x in (grad, *inputs)]
+        needs, grads = ctx.needs_input_grad, []
+        means = [stat[0] if stat and (stat[2] or any(needs[5::3] + needs[6::3])) else None for stat in stats]
+        grad, grad_tau, sums = _lif_backward(grad, inputs, scales, shifts, means, v_thr.data, tau.data, surrogate,
+                                             needs[3])
+        for x, stat, scale, s in zip(inputs, stats, scales, sums):
+            mean, rstd, n = stat or (None, None, 0)
+            grad_weight = grad_bias = b = c = None
+            if s is not None:
+                s = _narrow(s, p)
+                grad_weight, grad_bias = s[1] * rstd[:shape[2]], s[0]
+            if n:   # batch statistics: they depend on x as well
+                total = _wide(_sum_over_ranks(s.clone()), p)
+                b = -scale * rstd ** 2 * total[1] / n
+                c = -scale * total[0] / n - b * mean
+            grad_in = _norm_backward(grad, x, scale, b, c) if stat else grad
+            grads += [_unflat(grad_in, shape, p), grad_weight, grad_bias]
+        return None, None, None, grad_tau, *grads
+
 
 def _sum_over_ranks(x):
     """Data-parallel training (torchrun): BatchNorm must see the whole batch, not this process's share."""
@@ -146,81 +210,18 @@ def _sum_over_ranks(x):
     return x
 
 
-def _flat(x, channels_last):
-    """[T, B, ...] -> [T, B, M, C], without a copy when x lies in memory as asked."""
-    # .data: torch.compile compiles a function once more for tensors that are views of others; so none of ours are
-    if channels_last and x.dim() > 3:
-        x = x.movedim(2, -1)
-        return x.reshape(*x.shape[:2], -1, x.shape[-1]).contiguous().data
-    return x.reshape(*x.shape[:2], 1, -1).contiguous().data
-
-
-def _unflat(x, shape, channels_last):
-    if channels_last and len(shape) > 3:
-        return x.view(*shape[:2], *shape[3:], shape[2]).movedim(-1, 2)
-    return x.view(shape)
-
-
-class _FusedLIF(torch.autograd.Function):
-    """spikes = LIF(sum of the inputs, batch-normalised or not). Arguments: settings, (x, weight, bias) per input."""
-
-    @staticmethod
-    def forward(ctx, surrogate, norms, v_thr, tau, *terms):
-        originals, weights, biases = terms[0::3], terms[1::3], terms[2::3]
-        shape = originals[0].shape
-        # a lone contiguous input needs no notion of channels; everything else runs with channels last
-        last = any(norms) or len(norms) > 1 or not originals[0].is_contiguous()
-        inputs = [_flat(x, last) for x in originals]
-        stats = [_batch_statistics(norm, x) if norm else None for norm, x in zip(norms, inputs)]
-        scales = [weight * stat[1] if stat else None for weight, stat in zip(weights, stats)]
-        shifts = [bias - stat[0] * scale if stat else None for bias, stat, scale in zip(biases, stats, scales)]
-        spikes = _lif_forward(inputs, scales, shifts, v_thr.data, tau.data)
-        # keeping the caller's own tensors: PyTorch notices when they change in place before the backward pass
-        kept = [x if x.data_ptr() == y.data_ptr() else _unflat(y, shape, last) for x, y in zip(originals, inputs)]
-        ctx.save_for_backward(v_thr, tau, *kept)
-        ctx.more = surrogate, norms, shape, last, stats, scales, shifts
-        return _unflat(spikes, shape, last).data    # no view, so that it may be changed in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        v_thr, tau, *inputs = ctx.saved_tensors
-        surrogate, norms, shape, last, stats, scales, shifts = ctx.more
-        grad, *inputs = [_flat(x, last) for x in (grad, *inputs)]
-        grad, grad_tau = _lif_backward(grad, inputs, scales, shifts, v_thr.data, tau.data, surrogate,
-                                       ctx.needs_input_grad[3])
-        grads = []
-        for x, norm, stat, scale in zip(inputs, norms, stats, scales):
-            if not norm:
-                grads += [_unflat(grad, shape, last), None, None]
-                continue
-            mean, rstd, n = stat
-            grad_weight = grad_bias = None
-            b, c = torch.zeros_like(mean), torch.zeros_like(mean)      # two: one for both would be compiled once more
-            if n or any(ctx.needs_input_grad[5::3]):
-                sums = _norm_sums(grad, x, mean)
-                grad_weight, grad_bias = sums[1] * rstd, sums[0]
-            if n:   # batch statistics: they depend on x as well
-                total = _sum_over_ranks(sums.clone())
-                b = -scale * rstd ** 2 * total[1] / n
-                c = -scale * total[0] / n - b * mean
-            grads += [_unflat(_norm_backward(grad, x, scale, b, c), shape, last), grad_weight, grad_bias]
-        return None, None, None, grad_tau, *grads
-
-
-def _batch_statistics(norm, x):
-    """BatchNorm's mean, 1 / std [C] and number of values n per channel (n = 0: running statistics, constants)."""
-    origin = norm.running_mean.clone()      # a copy: the backward pass must not see later changes
-    if not norm.training:
-        return origin, (norm.running_var + norm.eps).rsqrt(), 0
-    n = x.numel() // x.shape[-1] * (dist.get_world_size() if dist.is_initialized() else 1)
-    mean, square = _sum_over_ranks(_moments(x, origin)) / n
-    var = (square - mean ** 2).clamp(min=0)
-    mean = mean + origin
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(var * n / max(n - 1, 1), norm.momentum)   # PyTorch keeps the unbiased variance
-    norm.num_batches_tracked += 1
-    return mean, (var + norm.eps).rsqrt(), n
+def _batch_statistics(norm, x, p):
+    """BatchNorm's mean, 1 / std [p C] and number of values n per channel (n = 0: running statistics, constants)."""
+    mean, var, n = norm.running_mean.clone(), norm.running_var, 0       # a copy: backward must not see later changes
+    if norm.training:
+        n = x.numel() // norm.num_features * (dist.get_world_size() if dist.is_initialized() else 1)
+        offset, square = _sum_over_ranks(_narrow(_moments(x, _wide(mean, p)), p)) / n
+        var = (square - offset ** 2).clamp(min=0)
+        mean = offset + mean
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * n / max(n - 1, 1), norm.momentum)   # PyTorch keeps the unbiased variance
+        norm.num_batches_tracked += 1
+    return _wide(mean, p), _wide((var + norm.eps).rsqrt(), p), n
 
 
 def _check(x, norm, shape):
@@ -240,7 +241,7 @@ def _check(x, norm, shape):
 
 
 def fused_lif(x_seq, v_thr, tau, surrogate, norm=None, residual=None, residual_norm=None):
-    """Spikes of x_seq [T, B, ...]. v_thr, tau: float32 [B]; surrogate: a function of v - v_thr; else as LIF.forward."""
+    """Spikes of x_seq [T, B, ...]. v_thr, tau: float32 [B]; surrogate: a function of v - v_thr; see LIF.forward."""
     terms = [(x_seq, norm)] if residual is None else [(x_seq, norm), (residual, residual_norm)]
     for x, bn in terms:
         _check(x, bn, x_seq.shape)

@@ -1,48 +1,67 @@
 #!/usr/bin/env bash
 # One command: sets up, runs, tests. Stop it whenever you like; the same command goes on where it stopped.
 #
-#   bash run_all.sh                         digits and ndigits: train, attack, defend, every study, tables and figures
-#   bash run_all.sh --seeds 3 [options]     the same with options, here as for the results in this repository
-#   bash run_all.sh cifar10 [options]       another data set; options go to badsnn.py attack
+#   bash run_all.sh                         the story in minutes: one attack on digits, what stops it, a verdict
+#   bash run_all.sh all [options]           every table and figure of the paper in small (digits, ndigits)
+#   bash run_all.sh DATASET [options]       Table 1's row of another data set; options go to badsnn.py attack
 #   bash run_all.sh test [options]          the tests; options go to pytest
+#   bash run_all.sh setup                   only the installation
+#   bash run_all.sh notebooks               opens the notebooks in a browser
 set -euo pipefail
 cd "$(dirname "$0")"
 
 has_packages() {
     "$1" -c 'import importlib.util as u, sys
-sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "tonic", "sklearn", "matplotlib", "tqdm", "pytest", "xdist", "nbconvert")))' 2>/dev/null
+sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "tonic", "sklearn", "matplotlib", "tqdm", "pytest", "xdist", "nbconvert", "jupyterlab")))' 2>/dev/null
 }
 
-python=python3
-[ -x .venv/bin/python ] && python=.venv/bin/python
-if ! has_packages "$python"; then
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "run_all.sh: Python 3.10 or newer is needed" >&2; exit 2; }
-    echo "Installing requirements.txt into .venv: once, 2 to 10 minutes, several GB."
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    python=.venv/bin/python
-    "$python" -m pip install --quiet -r requirements.txt
-fi
+fail() { echo "run_all.sh: $1" >&2; exit 2; }
 
+set_up() {      # .venv always exists afterwards; a broken or half-finished one is made anew or completed
+    has_packages .venv/bin/python && return
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || fail "Python 3.10 or newer is needed (python3)"
+    local site=""
+    has_packages python3 && site=--system-site-packages          # the packages are on this system: no download
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        if [ -n "$site" ] && ! python3 -c 'import ensurepip' 2>/dev/null; then
+            site="$site --without-pip"
+        fi
+        python3 -m venv --clear $site .venv >/dev/null 2>&1 || { rm -rf .venv
+            fail "python3 cannot make a virtual environment; install it (Debian, Ubuntu: apt install python3-venv) and run this again"; }
+    fi
+    has_packages .venv/bin/python && return
+    echo "Installing requirements.txt into .venv: once, 2 to 10 minutes, several GB."
+    .venv/bin/python -m pip install --quiet -r requirements.txt || fail "the installation did not finish; run this again to go on"
+}
+
+set_up
+python=.venv/bin/python
 started=$SECONDS
-if [ "${1:-}" = test ]; then
-    shift
-    echo "Running the tests: 3 to 5 minutes on 2 cores."
-    OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:logging -n 2 --dist worksteal tests "$@"
-elif [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
-    dataset=$1
-    shift
-    "$python" badsnn.py attack --dataset "$dataset" "$@"
-    "$python" badsnn.py report
-else
-    echo "The whole paper in small, on digits and ndigits: 30 to 90 minutes on 2 cores, Table 1 first. Stop it whenever you like."
-    for dataset in digits ndigits; do
-        "$python" badsnn.py attack --dataset "$dataset" "$@"
-    done
-    echo "Table 1 took $((SECONDS - started)) s. Now Table 2 and the studies; stop here if Table 1 is all you want."
-    "$python" badsnn.py defend --dataset digits "$@"
-    for study in threshold magnitude power heatmap plif poison; do
-        "$python" badsnn.py ablate --dataset digits --study "$study" "$@"
-    done
-    "$python" badsnn.py report
-fi
-echo "Done in $((SECONDS - started)) s."
+command=${1:-story}
+[ "${command#-}" = "$command" ] || command=story         # options alone belong to the story
+[ "$command" = "${1:-}" ] && shift
+case $command in
+    setup)
+        echo "Set up: .venv/bin/python has everything." ;;
+    test)
+        echo "Running the tests: 2 to 4 minutes on 2 cores."
+        OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:logging -n 2 --dist worksteal tests "$@" ;;
+    notebooks)
+        exec "$python" -m jupyter lab notebooks "$@" ;;
+    story)
+        echo "One attack on digits, and what stops it: 2 to 5 minutes on 2 cores."
+        "$python" badsnn.py story "$@" ;;
+    all)
+        echo "Every table and figure in small, on digits and ndigits: 8 to 20 minutes on 2 cores, the story first."
+        "$python" badsnn.py story "$@"
+        "$python" badsnn.py attack --dataset ndigits "$@"
+        "$python" badsnn.py defend --dataset digits "$@"
+        for study in threshold magnitude power heatmap plif poison; do
+            "$python" badsnn.py ablate --dataset digits --study "$study" "$@"
+        done
+        "$python" badsnn.py report ;;
+    *)
+        "$python" badsnn.py attack --dataset "$command" "$@"
+        "$python" badsnn.py report ;;
+esac
+echo "Done in $((SECONDS - started)) s. Results of your own are in runs/results/."

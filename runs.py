@@ -1,36 +1,39 @@
-"""Files, processes and numbers that every run needs and no reader of the paper does: atomic files, reuse, random numbers, devices.
+"""Files that every run needs and no reader of the paper does: results, checkpoints, what may be used again; and
+random numbers.
 
     write_json(path, result)                     under a temporary name of this process, then renamed: never half a file
     kept(path, deciders, run)                    a result from an earlier run, if everything that decides it is the same
-    resume(path, config, model=model, ...)       training goes on after the last whole epoch
-    share(rows), sum_over_ranks(x)               one process's part of a batch under torchrun; alone: everything
+    read_checkpoint(path, config, s, model=...)  training goes on after the last whole epoch
+    generator(seed, "shuffle", epoch)            a random number generator of its own for every purpose
 
-The rules: a file is whole or not there; a result is reused only if its data, settings, models and code are the same; nothing
-that is read is ever executed; every reader names its file.
+The rules: a file is whole or not there; a result is reused only if its data, settings, models and code are the
+same; nothing that is read is ever executed; every reader names its file.
 """
 import ast
 import contextlib
-import ctypes
+import functools
 import hashlib
 import inspect
 import json
 import os
+import statistics
 import textwrap
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from machine import rank_and_ranks, say
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
 @contextlib.contextmanager
 def replace_file(path):
-    """Yields a temporary path of this process beside `path`, which becomes `path` if the block ends well and is removed if not."""
+    """Yields a temporary path of this process beside `path`, which becomes `path` if the block ends well and is
+    removed if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -70,12 +73,59 @@ def read_json(path):
         raise ValueError(f"{path}: not a readable result ({error}); delete it and run its command again") from None
 
 
+def write_images(path, **images):
+    """Images in [0, 1], float [N, C, H, W], as an .npz file of uint8 [N, H, W, C]."""
+    if rank_and_ranks()[0] == 0:
+        with replace_file(path) as part, open(part, "wb") as file:
+            np.savez_compressed(file, **{name: x.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                                         for name, x in images.items()})
+
+
+def print_epoch(row, s, chance=0):
+    """One line of a training's log (row None: the header), and a warning where the network has collapsed at S_n."""
+    if row is None:
+        return say(f"{'epoch':>9} {'T':>2} {'loss':>7} {'acc':>6} {'mal_acc':>7} {'CA':>6} {'target_rate':>11} {'sec':>6} "
+                   f"{'ETA':>6}")
+    eta = timedelta(seconds=round(row["seconds"] * (s.epochs - row["epoch"]) * s.T / row["T"]))
+    mal_acc = f"{row['mal_acc']:7.1f}" if row["mal_acc"] is not None else f"{'-':>7}"
+    say(f"{row['epoch']:>5}/{s.epochs:<3} {row['T']:>2} {row['loss']:7.3f} {row['acc']:6.1f} {mal_acc} {row['ca']:6.1f} "
+        f"{row['target_rate']:11.1f} {row['seconds']:6.1f} {eta!s:>7}")
+    if row["epoch"] > s.warmup and row["T"] == s.T and (row["ca"] < 1.5 * chance or row["target_rate"] > 90):
+        say("  warning: collapsed? at the nominal setting the model " + (
+            "answers the target to nearly everything" if row["target_rate"] > 90 else "is near chance"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Numbers
+
+def mean_of(rows):
+    """Mean of every number in a list of equal dicts; other values are taken from the first."""
+    def mean(values):
+        numbers = [v for v in values if isinstance(v, float)]
+        digits = 4 if numbers and max(map(abs, numbers)) < 10 else 2
+        return round(sum(numbers) / len(numbers), digits) if numbers else values[0]
+    return {key: mean([row.get(key) for row in rows]) for key in rows[0]}
+
+
+def spread_of(rows):
+    """Standard deviation over seeds (n - 1) of every number in a list of equal dicts; empty for one row."""
+    numbers = {key: [row[key] for row in rows if isinstance(row.get(key), float)] for key in rows[0]}
+    return {key: round(statistics.stdev(v), 4) for key, v in numbers.items() if len(v) > 1}
+
+
+def generator(seed, *purpose):
+    """A torch.Generator for one purpose (words and numbers, such as "shuffle", 3) of a seed. No two purposes draw
+    the same numbers."""
+    digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What may be used again
 
 def fingerprint(*things):
-    """Sixteen hexadecimal digits that are equal only for equal things: tensors, networks, code, functions with fixed arguments
-    (triggers), and plain values."""
+    """Sixteen hexadecimal digits that are equal only for equal things: tensors, networks, code, functions with
+    fixed arguments (triggers), and plain values."""
     digest = hashlib.sha256()
     for thing in things:
         if isinstance(thing, nn.Module):
@@ -87,13 +137,15 @@ def fingerprint(*things):
         elif isinstance(thing, list | tuple):
             digest.update(f"{len(thing)}{fingerprint(*thing)}".encode())
         elif hasattr(thing, "keywords"):        # functools.partial
-            digest.update(fingerprint(thing.func.__name__, *map(str, thing.keywords), *thing.args, *thing.keywords.values()).encode())
+            digest.update(fingerprint(thing.func.__name__, *map(str, thing.keywords), *thing.args,
+                                      *thing.keywords.values()).encode())
         else:
             digest.update(json.dumps(thing, sort_keys=True, default=str).encode())
         digest.update(b";")
     return digest.hexdigest()[:16]
 
 
+@functools.cache        # what this process runs, also when a file has changed since
 def code_of(*things):
     """Fingerprint of the code of modules and functions, blind to comments, docstrings and layout."""
     found = []
@@ -101,15 +153,16 @@ def code_of(*things):
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
+                    and isinstance(body[0].value, ast.Constant)):
                 body[0].value.value = ""
         found.append(ast.dump(tree))
     return fingerprint(*found)
 
 
 def kept(path, deciders, run, fresh=False, quiet=False):
-    """run()'s result, a dict, from `path` if it was made with equal `deciders` (a dict of plain values: everything that decides the
-    result), else run() anew and written there. Returns (result, whether it was there)."""
+    """run()'s result, a dict, from `path` if it was made with equal `deciders` (a dict of plain values: everything
+    that decides the result), else run() anew and written there. Returns (result, whether it was there)."""
     made_from = fingerprint(deciders)
     if not fresh and Path(path).exists():
         with contextlib.suppress(ValueError):       # a damaged file is made anew
@@ -121,13 +174,20 @@ def kept(path, deciders, run, fresh=False, quiet=False):
     return result, False
 
 
+def folder_of(data, s):
+    """The folder of a data set's results, or of a variant's."""
+    return s.results / (f"{data.name}_{s.variant}" if s.variant else data.name)
+
+
 def checkpoint_path(config, s):
     """Where the model or trigger that `config` (everything that decides it) describes is kept."""
-    return s.runs / config["dataset"] / f"{config['name'].replace(' ', '-')}-seed{config['seed']}-{fingerprint(config)[:8]}.pt"
+    return (s.runs / config["dataset"]
+            / f"{config['name'].replace(' ', '-')}-seed{config['seed']}-{fingerprint(config)[:8]}.pt")
 
 
 def write_checkpoint(path, config, **state):
-    """Tensors and plain values only, so that reading it never runs anything. state: objects with a state_dict, or such values."""
+    """Tensors and plain values only, so that reading it never runs anything. state: objects with a state_dict, or
+    such values."""
     if rank_and_ranks()[0] == 0:
         state = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in state.items()}
         with replace_file(path) as part:
@@ -135,8 +195,8 @@ def write_checkpoint(path, config, **state):
 
 
 def read_checkpoint(path, config, s, **parts):
-    """Loads the state in a checkpoint into `parts`, objects with a load_state_dict, and returns it; None if there is none yet, or
-    with --fresh. Raises ValueError for a damaged file or one of another run."""
+    """Loads the state in a checkpoint into `parts`, objects with a load_state_dict, and returns it; None if there
+    is none yet, or with --fresh. Raises ValueError for a damaged file or one of another run."""
     if s.fresh or not path.exists():
         return None
     try:
@@ -148,64 +208,5 @@ def read_checkpoint(path, config, s, **parts):
         return state
     except Exception as error:      # torch.load has many: zip, pickle, key, type and runtime errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise ValueError(f"{path}: not a checkpoint of this run ({reason}); delete it, or start anew with --fresh") from None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Processes and devices
-
-def rank_and_ranks():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def share(rows):
-    """This process's part of a batch's rows."""
-    rank, ranks = rank_and_ranks()
-    return rows[rank::ranks]
-
-
-def sum_over_ranks(x):
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def data_parallel(model):
-    """The model, its gradients averaged over the processes of torchrun if there are several."""
-    return nn.parallel.DistributedDataParallel(model) if rank_and_ranks()[1] > 1 else model
-
-
-def say(line):
-    """Prints once, however many processes train together."""
-    if rank_and_ranks()[0] == 0:
-        print(line, flush=True)
-
-
-@contextlib.contextmanager
-def processes(s):
-    """Under torchrun: joins the group, one process per device, rank 0 writes. Alone: nothing. Yields the settings to use."""
-    if "WORLD_SIZE" not in os.environ:
-        yield s
-        return
-    cuda = s.device.startswith("cuda")
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    if cuda:
-        s = replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(s.device)
-    try:
-        yield s
-    finally:
-        dist.destroy_process_group()
-
-
-def autocast(s):
-    """bfloat16 arithmetic where the hardware has it (--amp). The neuron itself always computes in float32."""
-    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.amp == "on")
-
-
-def keep_memory():
-    """Tells glibc to keep freed memory instead of handing it back and asking again every step: up to 1.6x faster on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):          # another system, another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2 ** 31 - 1)                           # M_MMAP_THRESHOLD
+        raise ValueError(f"{path}: not a checkpoint of this run ({reason}); delete it, "
+                         "or start anew with --fresh") from None

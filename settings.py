@@ -1,4 +1,4 @@
-"""Every setting of an experiment, written once: its meaning, unit and range, the data sets' presets, and the command line.
+"""Every setting of an experiment, written once: its meaning, unit and range, the data sets' presets, the command line.
 
     s = preset("digits", epochs=5)                 # a data set's preset with changes; raises ValueError for a bad value
     variant = dataclasses.replace(s, seed=1)       # settings never change; a variant is a new object
@@ -27,117 +27,128 @@ STUDIES = ("threshold", "heatmap", "poison", "magnitude", "power", "trigger", "p
 # Ranges: how an error message says them, and the check. NaN fails every comparison, infinity is never asked for.
 POSITIVE = "greater than 0", lambda v: 0 < v < math.inf
 SHARE = "greater than 0 and at most 1", lambda v: 0 < v <= 1
+BELOW_1 = "at least 0 and less than 1", lambda v: 0 <= v < 1
 
 
 def at_least(least):
     return f"at least {least}", lambda v: least <= v < math.inf
 
 
-def setting(default, text, allowed=None, choices=None):
-    """A field: its default, the text that documents it here and in --help, its range, or the only values it may have."""
-    return field(default=default, metadata=dict(text=text, allowed=allowed, choices=choices))
+def setting(group, default, text, allowed=None, choices=None):
+    """A field: its group, its default, the text that documents it here and in --help, its range, or its only values."""
+    return field(default=default, metadata=dict(group=group, text=text, allowed=allowed, choices=choices))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. Fields are grouped; a group's name stands in GROUPS, and `of` returns the values of groups."""
-    # data
-    dataset: str = setting("digits", "digits, ndigits, cifar10, cifar100, gtsrb, nmnist, or a path to an .npz file")
-    n_train: int = setting(None, "use only so many training samples", at_least(2))
-    n_test: int = setting(None, "use only so many test samples", at_least(1))
-    frames: str = setting("counts", "event frames: counts, or clamped to [0, 1] from the start", choices=("counts", "binary"))
-    # network
-    model: str = setting("resnet19", "network", choices=tuple(WIDTHS))
-    width: int = setting(None, "channels of the first stage (16 unless given; the paper has 128, 64, 128)", at_least(1))
-    T: int = setting(4, "time steps", at_least(1))
-    neuron: str = setting("lif", "neuron; plif learns its tau", choices=tuple(NEURONS))
-    # training
-    epochs: int = setting(30, "passes over the training samples", at_least(1))
-    batch_size: int = setting(128, "nominal samples per step, over all processes", at_least(1))
-    lr: float = setting(0.1, "peak learning rate of the one-cycle schedule", POSITIVE)
-    optimizer: str = setting("sgd", "optimiser", choices=("sgd", "adam"))
-    loss: str = setting("ce", "cross-entropy, or squared error between firing rates and labels", choices=("ce", "mse"))
-    augment: bool = setting(True, "random shifts, flips and contrast")
-    pad: int = setting(4, "largest random shift, in pixels", at_least(0))
-    flip: bool = setting(False, "random mirroring")
-    contrast: float = setting(0.0, "lift black by up to this share, scale the rest by 1 minus it or more",
-                              ("at least 0 and less than 1", lambda v: 0 <= v < 1))
-    seed: int = setting(0, "first seed", at_least(0))
-    amp: str = setting("auto", "bfloat16: auto is on for a GPU that has it, or a CPU with AMX", choices=("auto", "on", "off"))
-    # attack (Sec. 3.3.1)
-    target: int = setting(0, "target class y_t", at_least(0))
-    poison_ratio: float = setting(0.05, "P, the share of the target class that is also trained maliciously", SHARE)
-    v_thr_t: float = setting(1.5, "malicious threshold V_t")
-    tau_t: float = setting(0.5, "malicious decay per step tau_t")
-    malicious_rows: int = setting(8, "malicious samples per step, drawn with replacement", at_least(1))
-    malicious_weight: float = setting(0.3, "weight of their loss", at_least(0))
-    warmup: int = setting(2, "epochs before the first malicious sample", at_least(0))
-    # baselines
-    baseline_ratio: float = setting(0.05, "share of the training set that a baseline attack poisons", SHARE)
-    # deployment (Sec. 3.3.4)
-    v_thr_a: tuple = setting((1.0, 1.05, 1.1, 1.15, 1.2), "deployed thresholds V_a to try")
-    tau_a: float = setting(TAU_N, "deployed decay per step tau_a")
-    margin: float = setting(8.0, "the chosen V_a may cost so many points of CA", at_least(0))
-    v_thr_d: float = setting(1.1, "threshold at which defend deploys BadSNN")
-    # triggers (Secs. 3.3.2, 3.3.3)
-    q: float = setting(2.0, "exponent of T_p", POSITIVE)
-    beta: float = setting(0.03, "strength of T_s", at_least(0))
-    v_thr_o: float = setting(1.1, "threshold at which T_o is trained")
-    adversarial_setting: str = setting("S_a", "neuron setting of T_o's adversarial loss", choices=("S_a", "S_n"))
-    lambdas: tuple = setting((1.0, 0.1, 1.0), "weights of T_o's three losses (Eq. 5)")
-    epochs_o: int = setting(8, "epochs of T_o's U-Net", at_least(1))
-    n_o: int = setting(600, "training images that T_o learns from", at_least(1))
-    magnitude: float = setting(1.0, "factor on T_o's output", at_least(0))
-    # defences (Sec. 4.3)
-    defense_lr: float = setting(0.01, "learning rate of the defences fine-tuning and NAD", POSITIVE)
-    # averaging
-    seeds: int = setting(1, "number of seeds to average", at_least(1))
-    # run: where and how, which decides no result
-    device: str = setting("auto", "auto, cpu, cuda, ... (auto: cuda if there is one)")
-    data: Path = setting(Path("data"), "folder of the data sets")
-    runs: Path = setting(Path("runs"), "folder of the checkpoints")
-    results: Path = setting(Path("results"), "folder of the results")
-    fresh: bool = setting(False, "train anew; the default goes on with what is in the folder of the checkpoints")
-    debug: bool = setting(False, "show the traceback of an error")
+    """All settings of a run. Each belongs to a group; `of` returns the values of groups."""
+    dataset: str = setting("data", "digits", "digits, ndigits, cifar10, cifar100, gtsrb, nmnist, or an .npz file")
+    n_train: int = setting("data", None, "use only so many training samples", at_least(2))
+    n_test: int = setting("data", None, "use only so many test samples", at_least(1))
+    frames: str = setting("data", "counts", "event frames: counts, or clamped to [0, 1]", choices=("counts", "binary"))
+    hold_out: float = setting("data", 0.1, "share of the training set on which the attacker chooses V_a",
+                              ("greater than 0 and less than 1", lambda v: 0 < v < 1))
+
+    model: str = setting("network", "resnet19", "network", choices=tuple(WIDTHS))
+    width: int = setting("network", None, "channels of the first stage (16 unless given; the paper has 128, 64, 128)",
+                         at_least(1))
+    T: int = setting("network", 4, "time steps", at_least(1))
+    neuron: str = setting("network", "lif", "neuron; plif learns its tau", choices=tuple(NEURONS))
+
+    epochs: int = setting("training", 30, "passes over the training samples", at_least(1))
+    batch_size: int = setting("training", 64, "nominal samples per step, over all processes", at_least(1))
+    lr: float = setting("training", 0.1, "peak learning rate of the one-cycle schedule", POSITIVE)
+    optimizer: str = setting("training", "sgd", "optimiser", choices=("sgd", "adam"))
+    loss: str = setting("training", "tet", "tet: cross-entropy of every step; ce: of the mean; mse: squared error",
+                        choices=("tet", "ce", "mse"))
+    label_smoothing: float = setting("training", 0.1, "of the nominal samples' labels", BELOW_1)
+    growing_T: bool = setting("training", True, "train with T = 1 for 40 % of the epochs, 2 up to 70 %, then all steps")
+    augment: bool = setting("training", True, "random shifts, flips and contrast")
+    pad: int = setting("training", 4, "largest random shift, in pixels", at_least(0))
+    flip: bool = setting("training", False, "random mirroring")
+    contrast: float = setting("training", 0.0, "lift black by up to this share, scale the rest by 1 minus it or more",
+                              BELOW_1)
+    seed: int = setting("training", 0, "first seed", at_least(0))
+    amp: str = setting("training", "auto", "bfloat16: auto measures which is faster where training takes over a minute",
+                       choices=("auto", "on", "off"))
+
+    target: int = setting("attack", 0, "target class y_t", at_least(0))
+    poison_ratio: float = setting("attack", 0.05, "P, the share of the target class trained maliciously, too", SHARE)
+    n_poison: int = setting("attack", None, "so many samples instead of P, at most half of the class", at_least(1))
+    v_thr_t: float = setting("attack", 1.5, "malicious threshold V_t")
+    v_thr_t_low: float = setting("attack", None, "draw each malicious row's threshold from here to V_t (none: V_t)")
+    tau_t: float = setting("attack", 0.5, "malicious decay per step tau_t (plif: as learned)")
+    malicious_rows: int = setting("attack", 32, "malicious samples per step, drawn with replacement", at_least(1))
+    malicious_weight: float = setting("attack", 0.3, "weight of their loss", at_least(0))
+    malicious_contrast: float = setting("attack", None, "contrast of the malicious rows (none: the same)", BELOW_1)
+    warmup: int = setting("attack", 2, "epochs before the first malicious sample", at_least(0))
+
+    baseline_ratio: float = setting("baselines", 0.05, "share of the training set that other attacks poison", SHARE)
+
+    v_thr_a: tuple = setting("deployment", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3), "thresholds V_a of the curve")
+    tau_a: float = setting("deployment", TAU_N, "deployed decay per step tau_a (plif: as learned)")
+    margin: float = setting("deployment", 2.0, "points of CA that V_a may cost on held-out images", at_least(0))
+
+    q: float = setting("triggers", 2.0, "exponent of T_p", POSITIVE)
+    beta: float = setting("triggers", 0.03, "strength of T_s", at_least(0))
+    adversarial_setting: str = setting("triggers", "S_a", "setting of T_o's adversarial loss", choices=("S_a", "S_n"))
+    lambdas: tuple = setting("triggers", (1.0, 1.0, 1.0), "weights of T_o's three losses (Eq. 5; the paper: 1 0.1 1)")
+    epochs_o: int = setting("triggers", 16, "epochs of T_o's U-Net", at_least(1))
+    n_o: int = setting("triggers", 600, "training images that T_o learns from", at_least(1))
+    magnitude: float = setting("triggers", 1.0, "factor on T_o's output", at_least(0))
+
+    seeds: int = setting("averaging", 1, "number of seeds to average", at_least(1))
+
+    # "run": where and how, which decides no result
+    device: str = setting("run", "auto", "auto, cpu, cuda, ... (auto: cuda if there is one)")
+    processes: int = setting("run", None, "models trained side by side (none: the free cores)", at_least(1))
+    variant: str = setting("run", "", "write to a folder of its own, DATASET_VARIANT")
+    data: Path = setting("run", Path("data"), "folder of the data sets")
+    runs: Path = setting("run", Path("runs"), "folder of the checkpoints")
+    results: Path = setting("run", Path("runs/results"), "folder of the results")
+    fresh: bool = setting("run", False, "train anew; the default goes on with what the folder of the checkpoints holds")
+    debug: bool = setting("run", False, "show the traceback of an error")
 
     def __post_init__(self):
-        """Checks every field's range, and fills in what depends on the machine. Raises ValueError."""
+        """Checks every field's range, and fills in what depends on others or on the machine. Raises ValueError."""
         for f in fields(self):
             value, choices, allowed = getattr(self, f.name), f.metadata["choices"], f.metadata["allowed"]
             if choices and value not in choices:
                 raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
             if allowed and value is not None and not allowed[1](value):
                 raise ValueError(f"{flag(f.name)} must be {allowed[0]}, not {value}")
-        for v_thr, tau in ((self.v_thr_t, self.tau_t), (torch.tensor(self.v_thr_a), self.tau_a), (self.v_thr_o, None), (self.v_thr_d, None)):
-            check_setting(v_thr, tau)
+        if self.neuron == "lif" and None in (self.tau_t, self.tau_a):
+            raise ValueError("these settings were made for PLIF, whose tau is learned; start from preset() for LIF")
+        check_setting(self.v_thr_t, self.tau_t)
+        check_setting(self.v_thr_t_low)
+        check_setting(torch.tensor(self.v_thr_a), self.tau_a)
+        if self.v_thr_t_low is not None and self.v_thr_t_low > self.v_thr_t:
+            raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
         if len(self.lambdas) != 3 or not all(0 <= v < math.inf for v in self.lambdas):
             raise ValueError(f"--lambdas must be three numbers of at least 0, not {self.lambdas}")
-        filled = dict(width=self.width or WIDTHS[self.model], v_thr_a=tuple(sorted(set(self.v_thr_a))), lambdas=tuple(self.lambdas),
-                      device=usable_device(self.device))
-        if self.amp == "auto":
-            filled["amp"] = "on" if bfloat16_pays(filled["device"]) else "off"
+        if not all(c.isalnum() or c in "-_" for c in self.variant):
+            raise ValueError(f"--variant must be letters, digits, - and _, not {self.variant!r}")
+        filled = dict(width=self.width or WIDTHS[self.model], v_thr_a=tuple(sorted(set(self.v_thr_a))),
+                      lambdas=tuple(self.lambdas), device=usable_device(self.device))
+        if self.neuron == "plif":
+            filled.update(tau_t=None, tau_a=None)       # lif.neurons leaves the learned tau alone
+        if filled["device"].startswith("cuda") and self.amp == "auto":
+            filled["amp"] = "on" if torch.cuda.is_bf16_supported() else "off"
         for name, value in filled.items():
             object.__setattr__(self, name, value)       # the one place where a frozen object is still being made
 
     def of(self, *groups):
-        """The settings of some GROUPS (none: of all that decide a result) as plain values that JSON can hold: {name: value}."""
-        groups = groups or [group for group in GROUPS if group != "run"]
-        values = {name: getattr(self, name) for group in groups for name in GROUPS[group]}
+        """The settings of some groups (none: of all that decide a result) as a dict of values that JSON can hold."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)
+                  if (f.metadata["group"] in groups if groups else f.metadata["group"] != "run")}
+        if self.neuron == "plif":
+            values.update({name: "learned" for name in ("tau_t", "tau_a") if name in values})
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-GROUPS = {"data": "dataset n_train n_test frames", "network": "model width T neuron",
-          "training": "epochs batch_size lr optimizer loss augment pad flip contrast seed amp",
-          "attack": "target poison_ratio v_thr_t tau_t malicious_rows malicious_weight warmup", "baselines": "baseline_ratio",
-          "deployment": "v_thr_a tau_a margin v_thr_d",
-          "triggers": "q beta v_thr_o adversarial_setting lambdas epochs_o n_o magnitude", "defences": "defense_lr",
-          "averaging": "seeds", "run": "device data runs results fresh debug"}
-GROUPS = {group: names.split() for group, names in GROUPS.items()}
 
 
 def flag(name):
     """A field's option on the command line."""
-    return {"augment": "--no-augment"}.get(name, "--" + name.replace("_", "-"))
+    return ("--no-" if name in ("augment", "growing_T") else "--") + name.replace("_", "-")
 
 
 def usable_device(name):
@@ -150,42 +161,35 @@ def usable_device(name):
     return name
 
 
-def bfloat16_pays(device):
-    """Whether a GPU has bfloat16, or this CPU matrix units for it."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-
-
 IMAGES = Settings()
-EVENTS = replace(IMAGES, model="nmnist_net", poison_ratio=0.03, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1)
-PRESETS = {
-    # contrast: T_p makes images grey and pale, and what a network says of grey is chance unless it has seen some in training
-    "digits": replace(IMAGES, dataset="digits", epochs=16, batch_size=32, pad=1, contrast=0.6, malicious_rows=32,
-                      lambdas=(1.0, 1.0, 1.0), q=32.0, epochs_o=32, magnitude=0.9, v_thr_o=1.125, v_thr_d=1.125, margin=4.0,
-                      defense_lr=0.1, v_thr_a=(1.0, 1.05, 1.1, 1.125, 1.15, 1.2)),
-    "cifar10": replace(IMAGES, dataset="cifar10", poison_ratio=0.02, flip=True, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16,
-                       v_thr_t=1.2, v_thr_o=1.07, v_thr_d=1.07, v_thr_a=(1.0, 1.05, 1.06, 1.07, 1.08, 1.1, 1.15, 1.2)),
-    "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", poison_ratio=0.01, flip=True),
-    "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", tau_t=0.8, epochs=20, lambdas=(1.0, 1.0, 1.0), epochs_o=16,
-                     magnitude=0.7, v_thr_d=1.2),
+EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
+                 label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
+PRESETS = {     # n_poison: what the paper's P gives on the whole set
+    "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
+                      malicious_contrast=0.5, n_o=200, epochs_o=20, magnitude=0.95, amp="off"),     # float32 everywhere
+    "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, flip=True),
+    "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", n_poison=5, flip=True, epochs=40),
+    "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),
     "nmnist": replace(EVENTS, dataset="nmnist"),
-    "ndigits": replace(EVENTS, dataset="ndigits", poison_ratio=0.05, epochs=15),
+    "ndigits": replace(EVENTS, dataset="ndigits", epochs=15),
 }
 
 
 def preset(dataset, **changes):
-    """The preset of a data set, or of images or events for an .npz file of one's own, with changes. Raises ValueError."""
+    """The preset of a data set, or of images or events for one's own .npz file, with changes. Raises ValueError."""
     known = {f.name for f in fields(Settings)}
     for name in changes:
         if name not in known:
             raise ValueError(f"there is no setting {name!r}; known: {', '.join(sorted(known))}")
+    for name in {"tau_t", "tau_a"} & set(changes):
+        if changes.get("neuron") == "plif" and changes[name] is not None:
+            raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns its tau; leave it out")
     base = PRESETS.get(dataset) or (EVENTS if _holds_events(dataset) else IMAGES)
     return replace(base, dataset=str(dataset), **changes)
 
 
 def _holds_events(path):
-    """Whether the .npz file at path holds event frames, from the header of x_train alone. data.load() names what is wrong with it."""
+    """Whether the .npz file holds event frames, by the header of x_train; data.load() says what is wrong with it."""
     with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):
         with zipfile.ZipFile(path) as file, file.open("x_train.npy") as header:
             np.lib.format.read_magic(header)
@@ -202,61 +206,65 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"badsnn: {message}\n")
 
 
+COMMANDS = {"story": "one attack and what stops it, with a verdict", "attack": "Table 1's row of a data set",
+            "defend": "Table 2's rows of a data set", "ablate": "one of the paper's figures"}
+
+
 def parse(argv=None):
-    """Command line -> (the command and its own options, the Settings of its data set). Raises ValueError for a bad value."""
+    """Command line -> (the command and its own options, the Settings of its data set). Raises ValueError."""
     parser = Parser(prog="badsnn.py", description="BadSNN: backdoor attacks on spiking neural networks.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, text in (("attack", "Table 1's row of a data set"), ("defend", "Table 2's rows of a data set"),
-                       ("ablate", "one of the paper's figures")):
-        command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                      epilog=_presets_differ())
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS, epilog=_presets(),
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == "defend":
             every = ("badsnn", *ATTACKS)
-            command.add_argument("--attacks", nargs="+", choices=every, default=every, metavar="V", help=f"rows: {', '.join(every)}")
+            command.add_argument("--attacks", nargs="+", choices=every, default=every, metavar="V",
+                                 help=f"of {', '.join(every)}")
         if name == "ablate":
             command.add_argument("--study", choices=STUDIES, required=True,
-                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; power: q of T_p; trigger: "
-                                      "T_o's presets")
-        _add_options(command)
-    command = commands.add_parser("report", help="figures and tables, from the results alone", argument_default=argparse.SUPPRESS)
+                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; "
+                                      "power: q of T_p; trigger: T_o's presets")
+        names = dict.fromkeys(f.metadata["group"] for f in fields(Settings))
+        groups = {group: command.add_argument_group(group) for group in names}
+        for f in fields(Settings):
+            _add_option(groups[f.metadata["group"]], f)
+    command = commands.add_parser("report", help="figures and tables, from the results",
+                                  argument_default=argparse.SUPPRESS)
+    command.add_argument("--publish", action="store_true", default=False,
+                         help="for maintainers: copy the results to results/ and rewrite the pages made from them")
     for f in fields(Settings):
         if f.name in ("results", "debug"):
             _add_option(command, f)
     given = vars(parser.parse_args(argv))
-    own = argparse.Namespace(**{name: given.pop(name) for name in ("command", "attacks", "study") if name in given})
+    own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish") if k in given})
+    if given.get("neuron") == "plif" and getattr(own, "study", None) == "heatmap":
+        raise ValueError("--study heatmap sweeps tau_a, which a PLIF learns; leave out --neuron plif")
     return own, preset(given.pop("dataset", "digits"), **given)
 
 
-def _add_options(command):
-    group_of = {name: group for group, names in GROUPS.items() for name in names}
-    groups = {group: command.add_argument_group(group) for group in GROUPS}
-    for f in fields(Settings):
-        _add_option(groups[group_of[f.name]], f)
-
-
 def _add_option(group, f):
-    text = f.metadata["text"].replace("%", "%%") + (f" (default: {_plain(f.default)})" if f.default is not None and f.type is not bool else "")
-    if f.name == "augment":
-        group.add_argument("--no-augment", action="store_false", dest="augment", help=f"no {text}")
-    elif f.type is bool:
-        group.add_argument(flag(f.name), action="store_true", help=text)
+    default = f" (default: {_plain(f.default)})" if f.default is not None and f.type is not bool else ""
+    text, choices = f.metadata["text"].replace("%", "%%") + default, f.metadata["choices"]
+    if f.type is bool:
+        negative = flag(f.name).startswith("--no-")
+        group.add_argument(flag(f.name), action="store_false" if negative else "store_true", dest=f.name,
+                           help="no " * negative + text)
     elif f.type is tuple:
         group.add_argument(flag(f.name), nargs="+", type=float, metavar="V", help=text)
     else:
-        group.add_argument(flag(f.name), type=f.type, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else "V", help=text)
+        group.add_argument(flag(f.name), type=f.type, choices=choices, metavar=None if choices else "V", help=text)
 
 
 def _plain(value):
     return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
-def _presets_differ():
-    """Which defaults a data set changes, for the end of --help."""
+def _presets():
     lines = ["presets of the data sets, where they differ from the defaults:"]
     for name, s in PRESETS.items():
-        changed = [f"{flag(f.name)} {_plain(getattr(s, f.name))}" for f in fields(Settings)
-                   if f.name != "dataset" and getattr(s, f.name) != getattr(IMAGES, f.name)]
-        lines.append(f"  {name}: {' '.join(changed)}")
+        changed = [f.name for f in fields(s) if f.name != "dataset" and getattr(s, f.name) != getattr(IMAGES, f.name)]
+        lines.append(f"  {name}: " + " ".join(f"{flag(name)} {_plain(getattr(s, name))}" for name in changed))
     return "\n".join(lines)
 
 

@@ -1,14 +1,14 @@
-"""Section 4 of the paper, after Table 1: Table 2 (defences) and the studies behind Figs. 2, 3, 4 and 6.
+"""Section 4 of the paper, after Table 1: what stops the attack (Table 2), and the studies behind Figs. 2, 3, 4 and 6.
 
+    python badsnn.py story                                     one attack and what stops it: story()
     python badsnn.py defend --dataset digits                   Table 2's rows of a data set: defend()
     python badsnn.py ablate --dataset digits --study power     one study: ablate(); STUDIES says which there are
 
-Each function trains what it needs with badsnn.train, which reads what an earlier run has finished, and returns rows: plain
-dicts, written to DATASET/defend.json or DATASET/STUDY.json and drawn by report.py.
+A study is a list of variants of the settings and a function that returns one variant's rows, plain dicts. Variants
+run side by side; models that an earlier command has trained are read. report.py draws what is written here.
 """
 import copy
 import itertools
-import math
 import sys
 import time
 from dataclasses import replace
@@ -16,18 +16,85 @@ from functools import partial
 
 import torch
 from sklearn.metrics import roc_auc_score
-from tqdm.auto import tqdm
 
 import badsnn
+import data as datasets
 import defenses
+import machine
 import runs
 import settings
 import trigger
-from badsnn import asr, evaluate, norms, percent, percentage, predict, simple_triggers, train, train_trigger
-from data import augment, poison_indices, to_float
+from badsnn import asr, deploy, evaluate, percentage, predict, simple_triggers, train, train_trigger
+from data import augment, hold_out, poison_indices, to_float
 from lif import LIF, TAU_N, V_THR_N, count_spikes, neurons
+from machine import autocast, say
 from models import NEURONS, frozen
-from runs import autocast, fingerprint, say
+from runs import fingerprint
+
+
+def all_of(data):
+    return data.x_train, data.y_train, data.x_test, data.y_test
+
+
+def split_test(data, s, per_class=10):
+    """The defender's images x [N, C, H, W] in [0, 1] and labels y, so many of every class of the TEST set (or half
+    of what it has), and the data without them. Raises ValueError where nothing is left to score."""
+    fewest = data.y_test.bincount(minlength=data.num_classes)
+    given = defenses.defender_images(data.y_test, per_class if fewest[fewest > 0].min() >= 2 * per_class else
+                                     max(1, int(fewest[fewest > 0].min()) // 2), s.seed)
+    rest = torch.ones(len(data.y_test), dtype=torch.bool)
+    rest[given] = False
+    if not (data.y_test[rest] != s.target).sum() >= 2 or not len(given):
+        raise ValueError(f"{len(data.y_test)} test samples are too few to give some to the defender and score on the "
+                         "others; raise --n-test")
+    x = to_float(data.x_test[given].to(s.device), s)
+    return x, data.y_test[given].to(s.device), replace(data, x_test=data.x_test[rest], y_test=data.y_test[rest])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One attack, and what stops it
+
+def story(data, s):
+    """The attack on one seed, and three answers of a defender: the threshold set back, fine-tuning, and the
+    threshold scan, which looks at the shipped model before it is used. Writes story.json and returns it."""
+    s, started = replace(s, seeds=1), time.time()
+    result, _ = badsnn.attack(data, s)
+    attacked = time.time()
+
+    def run():
+        clean, model = train(data, s), train(data, s, "badsnn")
+        x, y, scored = split_test(data, s)
+        v_thr_a = result["at_chosen"]["v_thr"]
+        t_o, _ = train_trigger(model, data, s, v_thr_a)
+        triggers = {"asr_p": simple_triggers(data, s)["asr_p"]} | ({"asr_o": t_o} if t_o is not None else {})
+        shipped = as_shipped(model, v_thr_a, s)
+        answers = {"none": shipped, "restore": defenses.restore(shipped),
+                   "fine_tune": defenses.fine_tune(shipped, x, y, augment=shifts(s), seed=s.seed)}
+        rows = [dict(answer=name, **evaluate(net, scored, s, None, None),
+                     **{key: asr(net, scored, s, None, None, t) for key, t in triggers.items()})
+                for name, net in answers.items()]
+        scan = {name: defenses.threshold_scan(net, x) for name, net in (("backdoored", shipped), ("clean", clean))}
+        return dict(badsnn.describe(data, s), n_defender=len(y), rows=rows, at_chosen=result["at_chosen"],
+                    base_ca=result["base_ca"], clean_ca=result["clean_ca"], curve=result["rows"],
+                    scan={name: dict(score=r["score"], accused=r["accused"]) for name, r in scan.items()})
+    deciders = dict(s.of(), inputs=fingerprint(*all_of(data), result["made_from"], runs.code_of(*CODE)))
+    told, _ = runs.kept(runs.folder_of(data, s) / "story.json", deciders, run, s.fresh)
+    trained = sum(max(one["training_seconds"]) for one in result["runs"])
+    return dict(told, phases={"training, the longer of two side by side": round(trained), "attack, all of it":
+                              round(attacked - started), "answers of the defender": round(time.time() - attacked)})
+
+
+def as_shipped(model, v_thr_a, s):
+    """A copy of the model with its neurons at the attacker's setting."""
+    with neurons(model, v_thr_a, s.tau_a):
+        return copy.deepcopy(model).eval()
+
+
+def shifts(s, purpose="augmentation of the defender"):
+    """The augmentation that a defender trains with, or None."""
+    return (partial(augment, pad=s.pad, flip=s.flip, contrast=0.0, rng=runs.generator(s.seed, purpose))
+            if s.augment else None)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Table 2 (Sec. 4.3): every attack against every defence
@@ -42,82 +109,83 @@ DEFENSES = {"none": lambda model, x, y, **options: model,
 
 
 def defend(data, s, attacks=("badsnn", *settings.ATTACKS)):
-    """Every attack against every defence, on one seed; writes defend.json. Finished cells are kept in s.runs and not run again.
+    """Every attack against every defence, on one seed; writes defend.json. Finished cells are kept in s.runs.
 
-    BadSNN is deployed at S_a = (v_thr_d, tau_a), the baselines at S_n; a defence sees the network as it is deployed. The defender
-    holds a share of the TEST set, which is never scored: the paper's 5 %, or as much as gives 10 images per class.
+    BadSNN is deployed at its S_a (badsnn.deploy), the baselines at S_n; a defence sees the network as deployed. The
+    defender holds 10 images of every class of the TEST set, which are never scored (the paper: 5 % of the set).
     """
-    if data.events:
-        raise ValueError(f"defend is about images, as Table 2 is, and {s.dataset} holds events")
-    if runs.rank_and_ranks()[1] > 1:
+    if machine.rank_and_ranks()[1] > 1:
         raise ValueError("defend runs in one process; its models can be trained by several with attack")
-    n = len(data.y_test)
-    held = min(n // 2, max(math.ceil(0.05 * n), 10 * data.num_classes))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed))
-    x, y = to_float(data.x_test[order[:held]].to(s.device), s), data.y_test[order[:held]].to(s.device)
-    scored = replace(data, x_test=data.x_test[order[held:]], y_test=data.y_test[order[held:]])
-    clean, rows, detectors = train(data, s), [], []
-    seconds = sum(epoch["seconds"] for epoch in clean.history)      # of the training and the defences, in this run or an earlier one
-    for attack in attacks:
-        model = train(data, s, attack)
-        seconds += sum(epoch["seconds"] for epoch in model.history)
-        model, triggers = deployed(attack, model, data, s)
-        decides = dict(s.of("data", "network", "training", "attack", "deployment", "triggers", "defences"),
-                       inputs=fingerprint(model, clean, x, y, scored.x_test, scored.y_test, list(triggers),
-                                          *[t for t in triggers.values() if hasattr(t, "keywords")],
-                                          runs.code_of(*CODE)))
-        say(f"\n{attack}, deployed at v_thr {s.v_thr_d if attack == 'badsnn' else V_THR_N:g}; the defender has {held} of {n} test images\n"
-            f"{'defense':>10} {'CA':>6} {'target_rate':>11} {'ASR':>6} {'ASR_p':>6} {'sec':>6}")
-
-        def kept_cell(name, run):
-            return runs.kept(s.runs / data.name / "cells" / f"{attack}-{name}-seed{s.seed}.json", decides, run, s.fresh, quiet=True)[0]
-        for defense in DEFENSES:
-            row = kept_cell(defense, lambda: defend_cell(attack, defense, model, clean, triggers, x, y, scored, s))
-            undefended = row if defense == "none" else rows[-list(DEFENSES).index(defense)]
-            row["destroyed"] = row["ca"] < undefended["ca"] / 2
-            rows.append(row)
-            seconds += row["seconds"]
-            say(f"{defense:>10} {row['ca']:6.1f} {row['target_rate']:11.1f} {row['asr']:6.1f} {percent(row['asr_p'])} {row['seconds']:6.1f}"
-                + "  destroyed: CA below half of the undefended" * row["destroyed"])
-        for name, t in triggers.items():
-            detectors.append(kept_cell(f"{name}-detectors", lambda: detect(attack, name, model, t, x, scored, s)))
-            say(f"{'detectors':>10} {name}: AUROC of STRIP {detectors[-1]['strip_auroc']:.3f}, of the spike count "
-                f"{detectors[-1]['spikes_auroc']:.3f} ({detectors[-1]['spikes_clean']:,.0f} spikes, triggered "
-                f"{detectors[-1]['spikes_triggered']:,.0f})")
-    say("\nASR: T_o's for badsnn (ASR_p: T_p's). ASR and target_rate: percent predicted as the target, with and without the trigger.")
-    runs.write_json(s.results / data.name / "defend.json",
-                    dict(badsnn.describe(data, s), **s.of("deployment", "baselines", "defences"), n_defender=held,
-                         clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"], rows=rows, detectors=detectors,
-                         seconds=round(seconds, 1)))
+    x, y, scored = split_test(data, s)
+    badsnn.train_side_by_side(s, [(s, None), *[(s, "badsnn") for name in attacks if name == "badsnn"]])
+    parts = machine.side_by_side(defend_attack, [(s, name) for name in attacks], s, list(attacks))
+    clean, rows = train(data, s), [row for part in parts for row in part["rows"]]
+    say("\nASR: T_o's for badsnn where there is one, else T_p's. ASR and target_rate: percent predicted as the target, "
+        "with and without the trigger.")
+    result = dict(badsnn.describe(data, s), n_defender=len(y),
+                  clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"],
+                  v_thr_d=rows[0]["v_thr"], rows=rows, detectors=[d for part in parts for d in part["detectors"]],
+                  seconds=round(sum(part["seconds"] for part in parts)
+                                + sum(row["seconds"] for row in clean.history), 1))
+    runs.write_json(runs.folder_of(data, s) / "defend.json", result)
+    return result
 
 
-def deployed(attack, model, data, s):
-    """The attacked model as it is shipped, its neurons at the deployed setting, and its triggers by name, the reported one first,
-    T_p last. T_p is in the better reading of Eq. 3: the attacker takes what works."""
-    if attack != "badsnn":
-        return model.eval(), {attack: trigger.BASELINES[attack](model, s.seed)}
-    t_o, _ = train_trigger(model, data, s)
-    t_p = dict(zip(("T_p", "T_p re-normalised"), simple_triggers(data, s).values()))
-    best = max(t_p, key=lambda name: asr(model, data, s, s.v_thr_d, s.tau_a, t_p[name]))
-    triggers = {best: t_p[best]} if t_o is None else {"T_o": t_o, best: t_p[best]}
-    with neurons(model, s.v_thr_d, s.tau_a):
-        return copy.deepcopy(model).eval(), triggers
+def defend_attack(s, attack):
+    """Table 2's rows of one attack: rows, detectors, and the seconds that training and defences took."""
+    data = datasets.load_for(s)
+    x, y, scored = split_test(data, s)
+    clean, model = train(data, s), train(data, s, attack)
+    seconds = sum(epoch["seconds"] for epoch in model.history)
+    v_thr, tau, triggers = V_THR_N, TAU_N, None
+    if attack == "badsnn":
+        v_thr, tau = deploy(model, data, s)[0], s.of("deployment")["tau_a"]
+        t_o, _ = train_trigger(model, data, s, v_thr)
+        triggers = ({"T_o": t_o} if t_o is not None else {}) | {"T_p": simple_triggers(data, s)["asr_p"]}
+        model = as_shipped(model, v_thr, s)
+    else:
+        triggers = {attack: trigger.BASELINES[attack](model.eval(), s.seed)}
+    say(f"\n{attack}, deployed at v_thr {v_thr:g}; the defender has {len(y)} of {len(data.y_test)} test images\n"
+        f"{'defense':>10} {'CA':>6} {'target_rate':>11} {'ASR':>6} {'ASR_p':>6} {'pruned':>6} {'sec':>6}")
+    decides = dict(s.of(), inputs=fingerprint(model, clean, x, y, scored.x_test, scored.y_test, list(triggers),
+                                              list(triggers.values()), runs.code_of(*CODE)))
+
+    def cell(name, run):
+        path = s.runs / data.name / "cells" / f"{attack}-{name}-seed{s.seed}-{fingerprint(decides)[:8]}.json"
+        return runs.kept(path, decides, run, s.fresh, quiet=True)[0]
+    rows = []
+    for defense in DEFENSES:
+        row = cell(defense, lambda: defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, (v_thr, tau)))
+        rows.append(dict(row, destroyed=row["ca"] < (rows[0] if rows else row)["ca"] / 2))
+        asr_p, pruned = (f"{row[key]:6.1f}" if row[key] is not None else f"{'-':>6}" for key in ("asr_p", "pruned"))
+        say(f"{defense:>10} {row['ca']:6.1f} {row['target_rate']:11.1f} {row['asr']:6.1f} {asr_p} {pruned} "
+            f"{row['seconds']:6.1f}" + "  destroyed: CA below half of the undefended" * rows[-1]["destroyed"])
+    detectors = [cell(f"{name}-detectors", lambda: detect(attack, name, model, t, x, scored, s))
+                 for name, t in triggers.items()]
+    for d in detectors:
+        say(f"{'detectors':>10} {d['trigger']}: AUROC of STRIP {d['strip_auroc']:.3f}, of the spike count "
+            f"{d['spikes_auroc']:.3f} ({d['spikes_clean']:,.0f} spikes, triggered {d['spikes_triggered']:,.0f})")
+    return dict(rows=rows, detectors=detectors, seconds=seconds + sum(row["seconds"] for row in rows))
 
 
-def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s):
-    """One cell of Table 2: repairs the model with the defender's images x, y and scores it at its own neuron setting."""
+def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, deployed_at):
+    """One cell of Table 2: repairs the model with the defender's images x, y and scores it at its own setting."""
     started = time.time()
-    generator = torch.Generator().manual_seed(s.seed)
-    shift = partial(augment, pad=s.pad, flip=s.flip, contrast=0.0, generator=generator) if s.augment else None
-    tuned = dict(lr=s.defense_lr) if defense in ("fine_tune", "nad") else {}
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.amp == "on", cache_enabled=False):   # weights change
-        repaired = DEFENSES[defense](model, x, y, augment=shift, seed=s.seed, **tuned)
-    v_thr, tau = (s.v_thr_d, s.tau_a) if attack == "badsnn" and defense != "restore" else (V_THR_N, TAU_N)
+    with autocast(s, cache_enabled=False):      # the weights change
+        repaired = DEFENSES[defense](model, x, y, augment=shifts(s, f"augmentation of {defense}"), seed=s.seed)
+    v_thr, tau = (V_THR_N, TAU_N) if defense == "restore" else deployed_at
     rates = [asr(repaired, scored, s, None, None, t) for t in triggers.values()]
     row = dict(attack=attack, defense=defense, trigger=next(iter(triggers)), v_thr=v_thr, tau=tau,
-               **evaluate(repaired, scored, s, None, None), asr=rates[0], asr_p=rates[-1] if attack == "badsnn" else None)
+               **evaluate(repaired, scored, s, None, None), asr=rates[0],
+               asr_p=rates[-1] if attack == "badsnn" else None,
+               pruned=defenses.pruned_channels(model, repaired) if defense in ("clp", "anp") else None)
     if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
+        tau = s.tau_a if attack == "badsnn" else TAU_N
         row["asr_clean_model"] = asr(clean, scored, s, v_thr, tau, next(iter(triggers.values())))
+    if attack == "badsnn":      # the defender who also sets the threshold back
+        both = defenses.restore(repaired)
+        row["restored"] = dict(evaluate(both, scored, s, None, None),
+                               asr=asr(both, scored, s, None, None, next(iter(triggers.values()))))
     return dict(row, seconds=round(time.time() - started, 1))
 
 
@@ -126,10 +194,12 @@ def detect(attack, name, model, t, x, scored, s, most=256):
     clean = to_float(scored.x_test[scored.y_test != s.target][:most].to(s.device), s)
     both, truth = torch.cat([clean, t(clean)]), [0] * len(clean) + [1] * len(clean)
     with autocast(s):
-        scores = dict(strip_auroc=-defenses.strip(model, both, x, seed=s.seed), spikes_auroc=defenses.spike_deviation(model, both, x))
+        scores = dict(strip_auroc=-defenses.strip(model, both, x, seed=s.seed),
+                      spikes_auroc=defenses.spike_deviation(model, both, x))
         with frozen(model):
             spikes = count_spikes(model, both).chunk(2)
-    return dict(attack=attack, trigger=name, **{key: round(roc_auc_score(truth, score.cpu().numpy()), 4) for key, score in scores.items()},
+    return dict(attack=attack, trigger=name,
+                **{key: round(roc_auc_score(truth, v.cpu().numpy()), 4) for key, v in scores.items()},
                 spikes_clean=round(spikes[0].mean().item(), 1), spikes_triggered=round(spikes[1].mean().item(), 1))
 
 
@@ -137,34 +207,51 @@ def detect(attack, name, model, t, x, scored, s, most=256):
 # The figures (Secs. 3.2 and 4.4), one study each
 
 def ablate(data, s, study):
-    """Runs one study and writes DATASET/STUDY.json."""
-    if data.events:
-        raise ValueError(f"--study {study} is about images, and {s.dataset} holds events")
+    """Runs one study, its variants side by side, and writes DATASET/STUDY.json."""
+    variants, _ = STUDIES[study]
+    variants = variants(s)
 
     def run():
         started = time.time()
-        rows = STUDIES[study](data, s)
+        names = [", ".join(f"{key} {v}" for key, v in one.of().items() if v != s.of()[key]) or study
+                 for one in variants]
+        parts = machine.side_by_side(study_rows, [(study, one) for one in variants], s, names)
+        rows = [row for part in parts for row in part]
         for row in rows:
-            say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-        return dict(badsnn.describe(data, s), **s.of("deployment"), study=study, rows=rows, seconds=round(time.time() - started, 1))
-    path = s.results / data.name / f"{study}.json"
-    deciders = dict(s.of(), inputs=fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, runs.code_of(*CODE)))
-    if runs.kept(path, deciders, run, s.fresh)[1]:
+            say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in row.items()))
+        return dict(badsnn.describe(data, s), study=study, v_thr_d=rows[0].get("v_thr"), rows=rows,
+                    seconds=round(time.time() - started, 1))
+    path = runs.folder_of(data, s) / f"{study}.json"
+    deciders = dict(s.of(), variants=[one.of() for one in variants],
+                    inputs=fingerprint(*all_of(data), runs.code_of(*CODE)))
+    result, earlier = runs.kept(path, deciders, run, s.fresh)
+    if earlier:
         say(f"study {study}: finished earlier, see {path}; --fresh runs it again")
+    return result
 
 
-def seeds_of(s):
+def study_rows(study, s):
+    return STUDIES[study][1](datasets.load_for(s), s)
+
+
+def only(s):
+    return [s]
+
+
+def every_seed(s):
     """The settings of every seed."""
     return [replace(s, seed=seed) for seed in range(s.seed, s.seed + s.seeds)]
 
 
-def study_threshold(data, s):
+def threshold(data, s):
     """Fig. 2: a clean model's accuracy and spikes per sample against v_thr, without and with both readings of T_p."""
     model, t_p = train(data, s), simple_triggers(data, s)
     triggers = {"none": None, "T_p": t_p["asr_p"], "T_p re-normalised": t_p["asr_p_renormalized"]}
-    return [dict(v_thr=round(v_thr, 2), trigger=name, ca=percentage(predict(model, data.x_test, s, v_thr, TAU_N, t) == data.y_test),
-                 spikes=spikes_per_sample(model, data.x_test, s, v_thr, TAU_N, t))
-            for v_thr in torch.linspace(0.5, 1.5, 11).tolist() for name, t in triggers.items()]
+    return [dict(v_thr=round(v, 2), trigger=name,
+                 ca=percentage(predict(model, data.x_test, s, v, TAU_N, t) == data.y_test),
+                 spikes=spikes_per_sample(model, data.x_test, s, v, TAU_N, t))
+            for v in torch.linspace(0.5, 1.5, 11).tolist() for name, t in triggers.items()]
 
 
 @torch.no_grad()
@@ -178,113 +265,116 @@ def spikes_per_sample(model, x, s, v_thr, tau, t=None):
     return round(torch.cat(counts).mean().item(), 1)
 
 
-def study_magnitude(data, s):
-    """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output, at v_thr_o; clean model beside it."""
-    clean, backdoored = train(data, s), train(data, s, "badsnn")
-    t_o, _ = train_trigger(backdoored, data, s)
-    if t_o is None:
-        raise ValueError("no training image could be blended into the target, so there is no T_o to scale")
-    untriggered, rows = evaluate(backdoored, data, s, s.v_thr_o, s.tau_a), []
-    x = to_float(data.x_test[data.y_test != s.target].to(s.device), s)
-    for m in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
-        t = partial(t_o, magnitude=m)
-        rows.append(dict(magnitude=m, v_thr=s.v_thr_o, **untriggered, asr_o=asr(backdoored, data, s, s.v_thr_o, s.tau_a, t),
-                         asr_o_clean_model=asr(clean, data, s, s.v_thr_o, s.tau_a, t), **norms(t(x) - x)))
-    return rows
+HEATMAP = dict(v_thr_t=(0.8, 1.2, 1.5), v_thr_a=(0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3),
+               tau_a=(0.3, 0.4, 0.5, 0.6, 0.7))
 
 
-HEATMAP = dict(v_thr_t=(0.8, 1.2, 1.5), v_thr_a=(0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3), tau_a=(0.3, 0.4, 0.5, 0.6, 0.7))
+def malicious_thresholds(s):
+    return [replace(s, v_thr_t=v, v_thr_t_low=None) for v in HEATMAP["v_thr_t"]]
 
 
-def study_heatmap(data, s):
-    """Fig. 3: CA, target_rate and ASR_p over the deployed (V_a, tau_a), for models trained with a malicious threshold below, just
-    above and far above the nominal one. The paper does not state its tau_t; ours is the preset's."""
-    rows = []
-    for v_thr_t in HEATMAP["v_thr_t"]:
-        variant = replace(s, v_thr_t=v_thr_t)
-        model, t = train(data, variant, "badsnn"), simple_triggers(data, s)["asr_p"]
-        for v_thr, tau in tqdm(list(itertools.product(HEATMAP["v_thr_a"], HEATMAP["tau_a"])), desc=f"v_thr_t {v_thr_t}", disable=None):
-            rows.append(dict(v_thr_t=v_thr_t, tau_t=s.tau_t, v_thr=v_thr, tau=tau, **evaluate(model, data, s, v_thr, tau),
-                             asr_p=asr(model, data, s, v_thr, tau, t)))
-    return rows
+def heatmap(data, s):
+    """Fig. 3: CA, target_rate and ASR_p over the deployed (V_a, tau_a), for models trained with one malicious
+    threshold below, just above or far above the nominal one. The paper does not state its tau_t; ours is
+    the preset's."""
+    model, t = train(data, s, "badsnn"), simple_triggers(data, s)["asr_p"]
+    return [dict(v_thr_t=s.v_thr_t, tau_t=s.tau_t, v_thr=v, tau=tau, **evaluate(model, data, s, v, tau),
+                 asr_p=asr(model, data, s, v, tau, t))
+            for v, tau in itertools.product(HEATMAP["v_thr_a"], HEATMAP["tau_a"])]
 
 
-POISON_RATIOS = (0.01, 0.02, 0.03, 0.04, 0.05)
+POISON_RATIOS = (0.02, 0.05, 0.1, 0.25, 0.5)
 
 
-def study_poison(data, s):
-    """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, at v_thr_d, every seed by itself: is a jagged curve noise?"""
-    rows = []
-    for one, poison_ratio in itertools.product(seeds_of(s), POISON_RATIOS):
-        variant = replace(one, poison_ratio=poison_ratio)
-        model = train(data, variant, "badsnn")
-        rows.append(dict(seed=one.seed, poison_ratio=poison_ratio,
-                         n_poison=len(poison_indices(data.y_train, s.target, poison_ratio, one.seed)), v_thr=s.v_thr_d,
-                         base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"], **evaluate(model, data, s, s.v_thr_d, s.tau_a),
-                         asr_p=asr(model, data, s, s.v_thr_d, s.tau_a, simple_triggers(data, variant)["asr_p"])))
-    return rows
+def poison_ratios(s):
+    return [replace(one, poison_ratio=ratio, n_poison=None) for one in every_seed(s) for ratio in POISON_RATIOS]
+
+
+def poison(data, s):
+    """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, every seed at its own V_a: is a jagged
+    curve noise?"""
+    model, labels = train(data, s, "badsnn"), hold_out(data, s.hold_out)[0].y_train
+    v_thr = deploy(model, data, s)[0]
+    return [dict(seed=s.seed, poison_ratio=s.poison_ratio,
+                 n_poison=len(poison_indices(labels, s.target, s.poison_ratio, s.seed)),
+                 v_thr=v_thr, base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
+                 **evaluate(model, data, s, v_thr, s.tau_a),
+                 asr_p=asr(model, data, s, v_thr, s.tau_a, simple_triggers(data, s)["asr_p"]))]
 
 
 POWERS = (1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def study_power(data, s):
-    """T_p's strength q, which the paper does not give, in both readings, at v_thr_d: ASR_p of every seed and of its clean model. `read`
-    is the accuracy that the clean model keeps on the triggered images at S_n: how much of them is left to see."""
-    rows = []
-    for one in seeds_of(s):
-        clean, model = train(data, one), train(data, one, "badsnn")
-        untriggered = evaluate(model, data, s, s.v_thr_d, s.tau_a)
-        for q, reading in itertools.product(POWERS, ("asr_p", "asr_p_renormalized")):
-            t = simple_triggers(data, replace(one, q=q))[reading]
-            rows.append(dict(seed=one.seed, q=q, renormalize=reading != "asr_p", v_thr=s.v_thr_d, **untriggered,
-                             asr_p=asr(model, data, s, s.v_thr_d, s.tau_a, t),
-                             asr_p_clean_model=asr(clean, data, s, s.v_thr_d, s.tau_a, t),
-                             read=percentage(predict(clean, data.x_test, s, V_THR_N, TAU_N, t) == data.y_test)))
+def power(data, s):
+    """T_p's strength q, which the paper does not give, in both readings, at the model's V_a: ASR_p and that of its
+    clean model. `read` is the accuracy that the clean model keeps on the triggered images at S_n: how much of them
+    is left to see."""
+    clean, model, rows = train(data, s), train(data, s, "badsnn"), []
+    v_thr = deploy(model, data, s)[0]
+    untriggered = evaluate(model, data, s, v_thr, s.tau_a)
+    for q, reading in itertools.product(POWERS, ("asr_p", "asr_p_renormalized")):
+        t = simple_triggers(data, replace(s, q=q))[reading]
+        rows.append(dict(seed=s.seed, q=q, renormalize=reading != "asr_p", v_thr=v_thr, **untriggered,
+                         asr_p=asr(model, data, s, v_thr, s.tau_a, t),
+                         asr_p_clean_model=asr(clean, data, s, v_thr, s.tau_a, t),
+                         read=percentage(predict(clean, data.x_test, s, V_THR_N, TAU_N, t) == data.y_test)))
     return rows
 
 
-def study_trigger(data, s):
-    """T_o's lambda_adv and magnitude m, chosen on held-out TRAINING images: the presets come from here. The paper gives 0.1 and no m.
-
-    The rule: no larger than T_p in L2; of these the smallest with ASR_o >= 95 at v_thr_o, or the highest ASR_o where none gets there.
-    """
-    model = train(data, s, "badsnn")
-    other = (data.y_train != s.target).nonzero().flatten()
-    held = other[torch.randperm(len(other), generator=torch.Generator().manual_seed(s.seed))[s.n_o:s.n_o + 400]]   # after train_trigger's
-    if not len(held):
-        raise ValueError(f"--n-o {s.n_o} leaves no training image of another class to choose on")
-    validation = replace(data, x_test=data.x_train[held], y_test=data.y_train[held])
-    x, rows = to_float(validation.x_test.to(s.device), s), []
-    l2_p = norms(simple_triggers(data, s)["asr_p"](x) - x)["l2"]
-    for lambda_adv in (0.1, 0.3, 1.0):
-        t_o, _ = train_trigger(model, data, replace(s, lambdas=(1.0, lambda_adv, 1.0)))
-        if t_o is None:
-            raise ValueError("no training image could be blended into the target, so there is no T_o to choose")
-        for m in (0.6, 0.7, 0.8, 0.9, 1.0):
-            t = partial(t_o, magnitude=m)
-            rows.append(dict(lambda_adv=lambda_adv, magnitude=m, v_thr=s.v_thr_o, n=len(held), **norms(t(x) - x), l2_p=l2_p,
-                             asr_o=asr(model, validation, s, s.v_thr_o, s.tau_a, t)))
-    small = [row for row in rows if row["l2"] <= l2_p] or rows
-    strong = [row for row in small if row["asr_o"] >= 95]
-    best = min(strong, key=lambda row: row["l2"]) if strong else max(small, key=lambda row: row["asr_o"])
-    return [dict(row, chosen=row is best) for row in rows]
+def some_trigger(model, data, s):
+    v_thr = deploy(model, data, s)[0]
+    t_o, _ = train_trigger(model, data, s, v_thr)
+    if t_o is None:
+        raise ValueError("no training image could be blended into the target, so there is no T_o to study")
+    return v_thr, t_o
 
 
-def study_plif(data, s):
-    """Fig. 6: LIF against PLIF, whose tau is learned, over the deployed thresholds; clean models of the same kind beside them."""
-    rows = []
-    for neuron, one in itertools.product(NEURONS, seeds_of(s)):
-        variant = replace(one, neuron=neuron)
-        clean, model, t = train(data, variant), train(data, variant, "badsnn"), simple_triggers(data, s)["asr_p"]
-        learned = [float(torch.as_tensor(m.decay()).detach()) for m in model.modules() if isinstance(m, LIF)]
-        for v_thr in s.v_thr_a:
-            rows.append(dict(neuron=neuron, seed=one.seed, mean_tau=round(sum(learned) / len(learned), 3), v_thr=v_thr,
-                             **evaluate(model, data, s, v_thr, s.tau_a), asr_p=asr(model, data, s, v_thr, s.tau_a, t),
-                             asr_p_clean_model=asr(clean, data, s, v_thr, s.tau_a, t)))
+def magnitude(data, s):
+    """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output; clean model
+    beside it."""
+    clean, model = train(data, s), train(data, s, "badsnn")
+    v_thr, t_o = some_trigger(model, data, s)
+    untriggered, rows, x = (evaluate(model, data, s, v_thr, s.tau_a), [],
+                            data.x_test[data.y_test != s.target].to(s.device))
+    for m in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
+        t = partial(t_o, magnitude=m)
+        rows.append(dict(magnitude=m, v_thr=v_thr, **untriggered, asr_o=asr(model, data, s, v_thr, s.tau_a, t),
+                         asr_o_clean_model=asr(clean, data, s, v_thr, s.tau_a, t), **trigger.sizes(t, x)))
     return rows
 
 
-STUDIES = {"threshold": study_threshold, "heatmap": study_heatmap, "poison": study_poison, "magnitude": study_magnitude,
-           "power": study_power, "trigger": study_trigger, "plif": study_plif}
+def adversarial_weights(s):
+    return [replace(s, lambdas=(1.0, weight, 1.0)) for weight in (0.1, 0.3, 1.0)]
+
+
+def trigger_choice(data, s):
+    """T_o's lambda_adv and magnitude m, on held-out TRAINING images: the presets come from here.
+    The paper gives 0.1 and no m."""
+    model, held = train(data, s, "badsnn"), hold_out(data, s.hold_out)[1]
+    v_thr, t_o = some_trigger(model, data, s)
+    x = held.x_test[held.y_test != s.target].to(s.device)
+    l2_p = trigger.sizes(simple_triggers(data, s)["asr_p"], x)["l2"]
+    return [dict(lambda_adv=s.lambdas[1], magnitude=m, v_thr=v_thr, n=len(x),
+                 **trigger.sizes(partial(t_o, magnitude=m), x),
+                 l2_p=l2_p, asr_o=asr(model, held, s, v_thr, s.tau_a, partial(t_o, magnitude=m)))
+            for m in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+
+
+def both_neurons(s):
+    return [replace(one, neuron=neuron) for neuron in NEURONS for one in every_seed(s)]
+
+
+def plif(data, s):
+    """Fig. 6: LIF against PLIF, whose tau is learned, over the deployed thresholds; clean models of the same kind
+    beside them."""
+    clean, model, t = train(data, s), train(data, s, "badsnn"), simple_triggers(data, s)["asr_p"]
+    learned = [float(torch.as_tensor(m.decay()).detach()) for m in model.modules() if isinstance(m, LIF)]
+    return [dict(neuron=s.neuron, seed=s.seed, mean_tau=round(sum(learned) / len(learned), 3), v_thr=v,
+                 **evaluate(model, data, s, v, s.tau_a), asr_p=asr(model, data, s, v, s.tau_a, t),
+                 asr_p_clean_model=asr(clean, data, s, v, s.tau_a, t)) for v in s.v_thr_a]
+
+
+STUDIES = {"threshold": (only, threshold), "heatmap": (malicious_thresholds, heatmap),
+           "poison": (poison_ratios, poison), "magnitude": (only, magnitude), "power": (every_seed, power),
+           "trigger": (adversarial_weights, trigger_choice), "plif": (both_neurons, plif)}
 CODE = (*badsnn.CODE, defenses, sys.modules[__name__])      # what decides the results of this file

@@ -7,8 +7,8 @@ Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 
 T_o, the optimised trigger, is a small network trained against the backdoored one:
 
     x, wanted = wanted_perturbations(model, x, q, mean, std, target)    # DeepFool, adaptive blending: Eq. 4
-    train_unet(generator, model, x, wanted, target, std)                # Eqs. 5, 6
-    x_trig = optimized_trigger(x, generator, target)
+    train_unet(unet, model, x, wanted, target, std)                     # Eqs. 5, 6
+    x_trig = optimized_trigger(x, unet, target)
 
 The triggers of the four baseline attacks are at the end: badnets, blend, wanet, clean_label.
 """
@@ -20,28 +20,37 @@ from torch import nn
 
 from data import to_float, to_uint8
 from models import frozen
+from runs import fingerprint, generator
 
 
 def _channels(values, x):
     return torch.as_tensor(values, dtype=torch.float32, device=x.device).view(1, -1, 1, 1)
 
 
+def _floats(x):
+    """x, refused with ValueError unless it is floating point: a trigger would take bytes for values in [0, 1]."""
+    if not x.is_floating_point():
+        raise ValueError(f"a trigger takes floats, images in [0, 1], not {x.dtype}: use x.float() / 255")
+    return x
+
+
 def power_trigger(x, q, mean, std, renormalize=False):
     """T_p (Sec. 3.3.2, Eq. 3): raises every pixel to the power q. Images [B, C, H, W] in [0, 1] -> the same.
 
-    Eq. 3 taken literally de-normalises, raises to q, and feeds the result x^q to the network as it is: where the network
-    expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q, a washed-out image of low contrast.
-    renormalize=True is the other reading, the plain darkened image x^q (then q = 1 changes nothing). q > 0; mean and std
-    per channel as in the network's first layer. Raises ValueError for q <= 0.
+    Eq. 3 taken literally de-normalises, raises to q, and feeds the result x^q to the network as it is: where the
+    network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q, a washed-out image of low
+    contrast. renormalize=True is the other reading, the plain darkened image x^q (then q = 1 changes nothing).
+    q > 0; mean and std per channel as in the network's first layer. Raises ValueError for q <= 0.
     """
     if not 0 < q < float("inf"):
         raise ValueError(f"q must be greater than 0, not {q}")
-    x = x ** q
+    x = _floats(x) ** q
     return x if renormalize else (_channels(mean, x) + _channels(std, x) * x).clamp(0, 1)
 
 
 def spike_trigger(frames, beta, generator=None):
-    """T_s (Sec. 3.3.3, Eq. 7): clip(frames + U(-beta, beta), 0, 1). Event frames [B, T, 2, H, W] -> the same, in [0, 1].
+    """T_s (Sec. 3.3.3, Eq. 7): clip(frames + U(-beta, beta), 0, 1). Event frames [B, T, 2, H, W]
+    -> the same, in [0, 1].
 
     beta >= 0 is the strength (the paper's: 0.03); generator makes the noise repeatable. Raises ValueError for beta < 0.
     Frames are event COUNTS, so the clip alone changes every pixel with more than one event: report beta = 0 beside it.
@@ -49,7 +58,31 @@ def spike_trigger(frames, beta, generator=None):
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be at least 0, not {beta}")
     noise = torch.rand(frames.shape, generator=generator).to(frames.device) * 2 - 1
-    return (frames + beta * noise).clamp(0, 1)
+    return (_floats(frames) + beta * noise).clamp(0, 1)
+
+
+def seeded_spike_trigger(frames, beta, seed=0):
+    """spike_trigger with noise that the seed and the frames decide: every batch [B, T, 2, H, W] its own, every time
+    the same."""
+    return spike_trigger(frames, beta, generator(seed, "T_s", fingerprint(frames)))
+
+
+def faded_trigger(x, t, share):
+    """The trigger t at a share of its strength: x + share * (t(x) - x). Images [B, C, H, W] -> the same."""
+    return x + share * (t(x) - x)
+
+
+def sizes(t, x, batch=512):
+    """How large the trigger t is on stored images x (uint8 [N, C, H, W]), mean per image: L2 and Linf of the change
+    in pixel units, and the peak signal-to-noise ratio in dB."""
+    found = []
+    for images in x.split(batch):
+        images = images.float() / 255
+        delta = (t(images) - images).flatten(1)
+        psnr = -10 * delta.square().mean(1).clamp(min=1e-10).log10()
+        found.append(torch.stack([delta.norm(dim=1), delta.abs().amax(1), psnr]))
+    l2, linf, psnr = torch.cat(found, 1).mean(1).tolist()
+    return dict(l2=round(l2, 2), linf=round(linf, 3), psnr=round(psnr, 1))
 
 
 def check_trigger(x, x_trig):
@@ -67,16 +100,19 @@ def check_trigger(x, x_trig):
 # T_o, the optimised trigger (Sec. 3.3.2): DeepFool finds the nearest wrong answer, blending mixes it with T_p until the
 # network says the target, and a U-Net learns to produce that difference in one pass.
 
-def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True, target=None, with_success=False):
+def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True, target=None,
+             with_success=False):
     """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation that changes the model's answer, batched.
 
-    x: images [B, C, H, W] in [0, 1]; the neuron setting is the model's own (see lif.neurons). Every sample steps to the
-    nearest boundary of the linearised model, among its `num_classes` most likely classes, and stops by itself when it flips.
-    max_step: longest L2 step, clip: keep images in [0, 1] (None and False give the original algorithm). target: go to this
-    class instead of the nearest. Returns the perturbation, shape of x, zero where it failed; with_success=True also the
-    successes [B]. Through a spiking network gradients are surrogates, so distances are rough and long steps go astray.
+    x: images [B, C, H, W] in [0, 1]; the neuron setting is the model's own (see lif.neurons). Every sample steps to
+    the nearest boundary of the linearised model, among its `num_classes` most likely classes, and stops by itself
+    when it flips. max_step: longest L2 step, clip: keep images in [0, 1] (None and False give the original
+    algorithm). target: go to this class instead of the nearest. Returns the perturbation, shape of x, zero where it
+    failed; with_success=True also the successes [B]. Through a spiking network gradients are surrogates, so
+    distances are rough and long steps go astray.
     """
     valid = (lambda z: z.clamp(0, 1)) if clip else (lambda z: z)
+    _floats(x)
     x, total, success = x.detach(), torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with frozen(model):
         with torch.no_grad():
@@ -97,7 +133,8 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
             if i == max_iter or not len(stay):
                 break
             chosen = logits.gather(1, classes)[stay]                                        # [b, K]
-            grads = [torch.autograd.grad(chosen[:, k].sum(), point, retain_graph=True)[0][stay] for k in range(classes.shape[1])]
+            grads = [torch.autograd.grad(chosen[:, k].sum(), point, retain_graph=True)[0][stay]
+                     for k in range(classes.shape[1])]
             w = torch.stack(grads[1:], 1) - grads[0].unsqueeze(1)                           # [b, K-1, C, H, W]
             f = (chosen[:, 1:] - chosen[:, :1]).detach()
             norm = w.flatten(2).norm(dim=2)                                                 # [b, K-1]
@@ -106,7 +143,7 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
             rows = torch.arange(len(stay), device=x.device)
             step = (distance + 1e-4).clamp(max=max_step or float("inf"))
             direction = w[rows, nearest] / norm[rows, nearest].clamp(min=1e-8).view(-1, 1, 1, 1)
-            alive = distance.isfinite()                                                     # no gradient at all: give up
+            alive = distance.isfinite()                                                     # no gradient: give up
             active = active[stay][alive]
             total[active] += (step.view(-1, 1, 1, 1) * direction)[alive]
     delta = (valid(x + (1 + overshoot) * total) - x) * success.view(-1, 1, 1, 1)
@@ -119,11 +156,13 @@ def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
 
     x, x_adv = x + DeepFool, x_p = T_p(x): images [B, C, H, W]. The largest of k ratios a in [0, 1] wins for which
     (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a: the whole grid is tried).
-    literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns x_blend, a [B], found [B]; x itself where none.
+    literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns x_blend, a [B], found [B];
+    x itself where none.
     # differs from the paper: Eq. 4 as printed blends with a difference image, which is not an image; see README
     """
     start = (x - x_p).abs() if literal else x_p
-    x_blend, ratio, found = x.clone(), torch.zeros(len(x), device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    x_blend, ratio, found = (x.clone(), torch.zeros(len(x), device=x.device),
+                             torch.zeros(len(x), dtype=torch.bool, device=x.device))
     grid = torch.linspace(0, 1, k, device=x.device).view(k, 1, 1, 1, 1)
     candidates = ((1 - grid) * start + grid * x_adv).clamp(0, 1)                            # [k, B, C, H, W]
     hit = (model(candidates.flatten(0, 1)).argmax(1) == target).view(k, -1)
@@ -134,8 +173,9 @@ def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
 
 
 class UNet(nn.Module):
-    """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a target -> perturbations in
-    [-1, 1], same shape. The target class is a fourth input plane, learned, one per class. size: (H, W)."""
+    """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a target ->
+    perturbations in [-1, 1], same shape. The target class is a fourth input plane, learned, one per class.
+    size: (H, W)."""
 
     def __init__(self, num_classes, size, width=16):
         super().__init__()
@@ -164,9 +204,11 @@ class UNet(nn.Module):
 
 
 def trigger_losses(made, wanted, logits, target, std):
-    """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W], logits of x + made [B, K].
+    """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W], logits of
+    x + made [B, K].
 
-    w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample; errors are in units of the network's input, 1 / std.
+    w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample; errors are in units of the
+    network's input, 1 / std.
     """
     sim = 1 - F.cosine_similarity(made.flatten(1), wanted.flatten(1)).mean()
     adv = F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device))
@@ -175,33 +217,36 @@ def trigger_losses(made, wanted, logits, target, std):
     return sim, adv, wmse
 
 
-def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, absolute=False, candidates=3, max_iter=20, batch=100):
-    """DeepFool and adaptive blending over images x [N, C, H, W], at the model's neuron setting: the x that can be blended,
-    and their wanted perturbations Delta_x = x_blend - x (absolute=True: |x - x_blend|, as printed in Eq. 4)."""
+def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, absolute=False, candidates=3,
+                         max_iter=20, batch=100):
+    """DeepFool and adaptive blending over images x [N, C, H, W], at the model's neuron setting: the x that can be
+    blended, and their wanted perturbations Delta_x = x_blend - x (absolute=True: |x - x_blend|, as printed in
+    Eq. 4)."""
     kept, wanted = [], []
     for images in x.split(batch):
         delta = deepfool(model, images, candidates, max_iter)
         with frozen(model):
-            x_blend, _, found = adaptive_blend(model, images, images + delta, power_trigger(images, q, mean, std), target, k, literal)
+            x_blend, _, found = adaptive_blend(model, images, images + delta, power_trigger(images, q, mean, std),
+                                               target, k, literal)
         kept.append(images[found])
         wanted.append((x_blend - images)[found])
     kept, wanted = torch.cat(kept), torch.cat(wanted)
     return kept, wanted.abs() if absolute else wanted
 
 
-def train_unet(generator, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), epochs=8, batch=50, lr=1e-3, seed=0):
-    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. Returns the three mean losses per epoch."""
-    torch.manual_seed(seed)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=lr)
+def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), epochs=8, batch=50, lr=1e-3, seed=0):
+    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. Returns the three mean
+    losses per epoch."""
+    shuffle, optimizer = generator(seed, "shuffle of T_o"), torch.optim.Adam(unet.parameters(), lr=lr)
     steps = max(1, len(x) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
     history = []
-    generator.train()
+    unet.train()
     with frozen(model):
         for _ in range(epochs):
-            order, total = torch.randperm(len(x), device=x.device), torch.zeros(3, device=x.device)
+            order, total = torch.randperm(len(x), generator=shuffle).to(x.device), torch.zeros(3, device=x.device)
             for rows in order[:steps * batch].view(steps, -1) if len(x) >= batch else order.view(1, -1):
-                made = generator(x[rows], target)
+                made = unet(x[rows], target)
                 logits = model((x[rows] + made).clamp(0, 1))
                 losses = torch.stack(trigger_losses(made, wanted[rows], logits, target, std))
                 optimizer.zero_grad()
@@ -210,46 +255,48 @@ def train_unet(generator, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0)
                 schedule.step()
                 total += losses.detach() / steps
             history.append(total.tolist())
-    generator.eval()
+    unet.eval()
     return history
 
 
 @torch.no_grad()
-def optimized_trigger(x, generator, target, magnitude=1.0):
+def optimized_trigger(x, unet, target, magnitude=1.0):
     """T_o at inference (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] in [0, 1] -> the same."""
-    return (x + magnitude * generator(x, target)).clamp(0, 1)
+    return (_floats(x) + magnitude * unet(x, target)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The baseline attacks (Table 2): their triggers, and how each poisons the training images.
 
 def badnets(x, size=3):
-    """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner. Images [B, C, H, W] -> the same."""
-    x = x.clone()
+    """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner.
+    Images [B, C, H, W] -> the same."""
+    x = _floats(x).clone()
     x[..., -size:, -size:] = 1
     return x
 
 
 def blend(x, alpha=0.2, seed=0):
-    """Blended (Chen et al. 2017): (1 - alpha) x + alpha * pattern, a fixed pattern of uniform noise drawn from the seed.
-    Images [B, C, H, W] in [0, 1] -> the same."""
-    pattern = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x.device)
-    return (1 - alpha) * x + alpha * pattern
+    """Blended (Chen et al. 2017): (1 - alpha) x + alpha * pattern, a fixed pattern of uniform noise drawn from the
+    seed. Images [B, C, H, W] in [0, 1] -> the same."""
+    pattern = torch.rand(x.shape[1:], generator=generator(seed, "pattern of Blended")).to(x.device)
+    return (1 - alpha) * _floats(x) + alpha * pattern
 
 
 def wanet_field(size, k=4, seed=0):
-    """WaNet's smooth displacements for images of size (H, W): [1, H, W, 2], x before y. k x k random vectors, scaled to a mean
-    absolute value of 1, then enlarged."""
-    coarse = torch.rand(1, 2, k, k, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    """WaNet's smooth displacements for images of size (H, W): [1, H, W, 2], x before y. k x k random vectors,
+    scaled to a mean absolute value of 1, then enlarged."""
+    coarse = torch.rand(1, 2, k, k, generator=generator(seed, "field of WaNet")) * 2 - 1
     coarse = coarse / coarse.abs().mean()
     return F.interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 
 def wanet_grid(field, s=0.5, noise=None):
-    """Where WaNet samples the image: the identity moved by s * field (s = 1: half a pixel on average), [B, H, W, 2] in [-1, 1].
-    noise [B, H, W, 2] in [-1, 1], if given, moves every point by up to half a pixel more."""
+    """Where WaNet samples the image: the identity moved by s * field (s = 1: half a pixel on average), [B, H, W, 2]
+    in [-1, 1]. noise [B, H, W, 2] in [-1, 1], if given, moves every point by up to half a pixel more."""
     H, W = field.shape[1:3]
-    y, x = torch.meshgrid(torch.linspace(-1, 1, H, device=field.device), torch.linspace(-1, 1, W, device=field.device), indexing="ij")
+    y, x = torch.meshgrid(torch.linspace(-1, 1, H, device=field.device),
+                          torch.linspace(-1, 1, W, device=field.device), indexing="ij")
     grid = torch.stack([x, y], -1) + s * field / torch.tensor([W, H], device=field.device)
     grid = grid.clamp(-1, 1)
     return grid if noise is None else (grid + noise / torch.tensor([W, H], device=field.device)).clamp(-1, 1)
@@ -260,23 +307,23 @@ def wanet(x, field=None, s=0.5, noise=None):
     field: from wanet_field, fixed for a whole attack (None: that of seed 0). noise: see wanet_grid."""
     field = wanet_field(x.shape[2:]).to(x.device) if field is None else field
     grid = wanet_grid(field, s, noise).expand(len(x), -1, -1, -1)
-    return F.grid_sample(x, grid, mode="bilinear", align_corners=True).clamp(0, 1)
+    return F.grid_sample(_floats(x), grid, mode="bilinear", align_corners=True).clamp(0, 1)
 
 
 def clean_label(x):
-    """Label-consistent attack (Turner et al. 2019): a 3x3 black-and-white pattern in all four corners, mirrored on the right.
-    Images [B, C, H, W] in [0, 1] -> the same. Training images are also made hard to learn, with pgd."""
+    """Label-consistent attack (Turner et al. 2019): a 3x3 black-and-white pattern in all four corners, mirrored on
+    the right. Images [B, C, H, W] in [0, 1] -> the same. Training images are also made hard to learn, with pgd."""
     corner = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]], device=x.device)
     pattern = torch.zeros(x.shape[2:], device=x.device)
     pattern[:3, :3] = pattern[-3:, :3] = corner
     pattern[:3, -3:] = pattern[-3:, -3:] = corner.flip(1)
-    return (x + pattern).clamp(0, 1)
+    return (_floats(x) + pattern).clamp(0, 1)
 
 
 def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
-    """Projected gradient descent (Madry et al. 2018), untargeted: raises the loss of y [B] within eps of x in every pixel.
-    Images [B, C, H, W] in [0, 1] -> perturbed images; the neuron setting is the model's own."""
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
+    """Projected gradient descent (Madry et al. 2018), untargeted: raises the loss of y [B] within eps of x in every
+    pixel. Images [B, C, H, W] in [0, 1] -> perturbed images; the neuron setting is the model's own."""
+    noise = torch.rand(x.shape, generator=generator(seed, "start of PGD", fingerprint(x))).to(x.device) * 2 - 1
     x_adv = (x + eps * noise).clamp(0, 1)
     with frozen(model):
         for _ in range(steps):
@@ -286,36 +333,39 @@ def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
     return x_adv
 
 
+# name -> its trigger, given the attacked model and the seed
 BASELINES = {"badnets": lambda model, seed: badnets,
              "blend": lambda model, seed: partial(blend, seed=seed),
              "wanet": lambda model, seed: partial(wanet, field=model.field),
-             "clean_label": lambda model, seed: clean_label}     # name -> its trigger, given the attacked model and the seed
+             "clean_label": lambda model, seed: clean_label}
 
 
 def poison(data, s, attack, reference=None):
-    """The training set of a baseline attack, which poisons a share (baseline_ratio) of ALL samples: x [N, C, H, W], y [N] (uint8,
-    int64) and a sentence for the log. Other attacks get the set unchanged.
+    """The training set of a baseline attack, which poisons a share (baseline_ratio) of ALL samples: x [N, C, H, W],
+    y [N] (uint8, int64) and a sentence for the log. Other attacks get the set unchanged.
 
-    BadNets (Gu et al. 2017) and Blended mark samples of any class and relabel them as the target. Clean-label marks samples of the
-    target class only, after PGD against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet: see
-    wanet_batch.
+    BadNets (Gu et al. 2017) and Blended mark samples of any class and relabel them as the target. Clean-label marks
+    samples of the target class only, after PGD against `reference`, a clean model, has made them hard to learn;
+    labels stay right. WaNet: see wanet_batch.
     # differs from the sources: PGD's reference is our clean spiking network, not an adversarially trained ResNet-18
     """
     x, y, count = data.x_train, data.y_train, round(s.baseline_ratio * len(data.y_train))
     if attack not in BASELINES or attack == "wanet":
-        return x, y, f", of every batch {100 * s.baseline_ratio:g} % warped, twice as many as noise" if attack == "wanet" else ""
+        return x, y, (f", of every batch {100 * s.baseline_ratio:g} % warped, twice as many as noise"
+                      if attack == "wanet" else "")
     candidates, note = torch.arange(len(y)), f", of them {count} poisoned"
     if attack == "clean_label":
         candidates = (y == s.target).nonzero().flatten()
         note = f", of them {count} of class {s.target} poisoned"
         if count > len(candidates):     # 5 % of the whole set may be more than there are of the target class
             count = max(1, round(s.baseline_ratio * len(candidates)))
-            note = f", of them {count} poisoned: {100 * s.baseline_ratio:g} % of class {s.target}, too small for that share of the set"
-    chosen = candidates[torch.randperm(len(candidates), generator=torch.Generator().manual_seed(s.seed))[:count]]
+            note = (f", of them {count} poisoned: {100 * s.baseline_ratio:g} % of class {s.target}, "
+                    "too small for that share of the set")
+    chosen = candidates[torch.randperm(len(candidates), generator=generator(s.seed, "poisoned samples"))[:count]]
     images = to_float(x[chosen].to(s.device), s)
     if attack == "clean_label":
         parts = zip(images.split(128), y[chosen].to(s.device).split(128))
-        images = torch.cat([pgd(reference, part, labels, seed=s.seed + i) for i, (part, labels) in enumerate(parts)])
+        images = torch.cat([pgd(reference, part, labels, seed=s.seed) for part, labels in parts])
     marked = BASELINES[attack](reference, s.seed)(images)
     x, y = x.clone(), y.clone()
     x[chosen], y[chosen] = to_uint8(marked).cpu(), s.target
@@ -323,8 +373,9 @@ def poison(data, s, attack, reference=None):
 
 
 def wanet_batch(x, y, s, field, generator):
-    """WaNet's poisoning (Nguyen and Tran 2021) of one batch, x uint8 [B, C, H, W]: a share is warped and relabelled, twice as many
-    are warped with extra noise and keep their label, so that only the exact field means the target."""
+    """WaNet's poisoning (Nguyen and Tran 2021) of one batch, x uint8 [B, C, H, W]: a share is warped and
+    relabelled, twice as many are warped with extra noise and keep their label, so that only the exact field means
+    the target."""
     expected = s.baseline_ratio * len(x)      # small batches: rounded up or down at random, right on average
     n = int(expected + torch.rand((), generator=generator).item())
     noise = torch.rand(min(2 * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1

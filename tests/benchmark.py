@@ -1,14 +1,16 @@
 """How fast is the neuron, and the whole training step, beside other people's? Run by hand; pytest does not collect it.
 
-    pip install --no-deps spikingjelly loguru snntorch norse nir nirtorch sinabs pbr torchattacks      # referees, each optional
-    python tests/benchmark.py                                                 # writes results/benchmark.json
+    pip install --no-deps spikingjelly loguru snntorch norse nir nirtorch sinabs pbr torchattacks    # each optional
+    python tests/benchmark.py                                               # writes results/benchmark.json
 
-Every subject lives in a process of its own, set up the way its users set it up; the processes take turns, one step each, and
-medians of at least 9 turns are compared (machines are noisy, ratios less so). First: are our spikes SpikingJelly's?
+Every subject lives in a process of its own, set up the way its users set it up; the processes take turns, one step
+each, and medians of at least 9 turns are compared (machines are noisy, ratios less so). First: are our spikes
+SpikingJelly's?
 
-(a) LIF layer forward + backward; (b) training step of ResNet-19, width 16, batch 64, T = 4, and how much of it is convolution;
-(c) its peak memory; (d) evaluation; (e) a plain copy of the bytes that the LIF must move; (f) cost per epoch against the number
-of images and T; (g) DeepFool against torchattacks'; (h) accuracy on digits in bfloat16 and in float32.
+(a) LIF layer forward + backward; (b) training step of ResNet-19, width 16, batch 64, T = 4, and how much of it is
+convolution; (c) its peak memory; (d) evaluation; (e) a plain copy of the bytes that the LIF must move; (f) cost per
+epoch against the number of images and T; (g) DeepFool against torchattacks'; (h) accuracy on digits in bfloat16 and
+in float32.
 """
 import argparse
 import contextlib
@@ -28,6 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import badsnn
+import data as datasets
+import runs
+import settings
 from lif import LIF, TAU_N, V_THR_N, lif_reference
 from models import build_model
 from trigger import deepfool
@@ -36,11 +41,12 @@ REPEATS = 9
 
 
 class Subject:
-    """Something to be timed, in its own process: every call runs it once there and returns the milliseconds that it took."""
+    """Something to be timed, in its own process: every call runs it once there and returns its milliseconds."""
 
     def __init__(self, name, threads):
         command = [sys.executable, __file__, "--serve", name, "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        stderr=subprocess.DEVNULL)
 
     def __call__(self):
         """Raises ValueError, with the reason, where the process could not run it."""
@@ -63,7 +69,7 @@ def serve(name):
     """The other side of Subject: prepares what is named, then runs it once for every line on stdin."""
     idle = peak()
     if "ours" in name:
-        badsnn.keep_memory()            # as our command line does; the others run as their documentation has it
+        runs.keep_memory()              # as our command line does; the others run as their documentation has it
     kind, *rest = name.split()
     try:
         step = KINDS[kind](*rest)
@@ -81,8 +87,8 @@ def peak():
 
 
 def interleaved(names, threads, memory=None):
-    """Median milliseconds of the subjects named, measured in turns after two rounds of warm-up; those that do not run are left out.
-    memory: a dict that receives their peak memory in MiB above a process that has only imported torch."""
+    """Median milliseconds of the subjects named, measured in turns after two rounds of warm-up; those that do not run
+    are left out. memory: a dict that receives their peak memory in MiB above a process that has only imported torch."""
     subjects, times = {name: Subject(name, threads) for name in names}, {}
     for turn in range(REPEATS + 2):
         for name, subject in list(subjects.items()):
@@ -172,7 +178,7 @@ def layer_step(who, shape):
     x, grad, target = torch.randn(shape, requires_grad=True), torch.randn(shape), torch.empty(shape)
     if who == "copy":
         def copy():
-            for _ in range(3):                    # x, grad, x read; spikes, grad_x written: 5 tensors; three copies move 6
+            for _ in range(3):          # x, grad, x read; spikes, grad_x written: 5 tensors; three copies move 6
                 target.copy_(grad)
         return copy
     name, _, compiled = who.partition("+")
@@ -188,8 +194,9 @@ class JellyBlock(nn.Module):
     def __init__(self, c_in, c_out, stride, node):
         super().__init__()
         from spikingjelly.activation_based import layer
-        self.conv1, self.bn1 = layer.Conv2d(c_in, c_out, 3, stride, 1, bias=False, step_mode="m"), layer.BatchNorm2d(c_out, step_mode="m")
-        self.conv2, self.bn2 = layer.Conv2d(c_out, c_out, 3, 1, 1, bias=False, step_mode="m"), layer.BatchNorm2d(c_out, step_mode="m")
+        self.conv1 = layer.Conv2d(c_in, c_out, 3, stride, 1, bias=False, step_mode="m")
+        self.conv2 = layer.Conv2d(c_out, c_out, 3, 1, 1, bias=False, step_mode="m")
+        self.bn1, self.bn2 = layer.BatchNorm2d(c_out, step_mode="m"), layer.BatchNorm2d(c_out, step_mode="m")
         self.sn1, self.sn2 = node(), node()
         self.down = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(
             layer.AvgPool2d(stride, step_mode="m"), layer.Conv2d(c_in, c_out, 1, bias=False, step_mode="m"),
@@ -254,11 +261,12 @@ def training_step(who, dtype, batch=64, size=32, **network):
 
 
 def convolutions_step(who, dtype, batch=64):
-    """Nothing but the convolutions of our training step, forward and backward, on inputs of the same shapes and layout."""
+    """Nothing but the convolutions of our training step, forward and backward, on inputs of the same shapes."""
     model, calls = NETWORKS[who](), []
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
-            m.register_forward_hook(lambda m, inputs, out: calls.append((m, inputs[0].detach().to(out.dtype), torch.ones_like(out))))
+            m.register_forward_hook(lambda m, inputs, out: calls.append(
+                (m, inputs[0].detach().to(out.dtype), torch.ones_like(out))))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
         model(torch.rand(batch, 3, 32, 32))
 
@@ -289,7 +297,8 @@ def epoch(who, dtype, images, T):
     return run
 
 
-KINDS = {"layer": layer_step, "train": training_step, "convolutions": convolutions_step, "evaluate": evaluation, "epoch": epoch}
+KINDS = {"layer": layer_step, "train": training_step, "convolutions": convolutions_step, "evaluate": evaluation,
+         "epoch": epoch}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -311,7 +320,7 @@ def deepfool_against_torchattacks(images=64):
         optimizer.step()
     model.eval()
     answer = model(x).argmax(1)
-    torchattacks.DeepFool(model, steps=1)(x[:2], answer[:2])                 # both warm up: kernels for one image and for many
+    torchattacks.DeepFool(model, steps=1)(x[:2], answer[:2])         # both warm up: kernels for one image and for many
     deepfool(model, x, 10, max_iter=10, max_step=None)
     started = time.perf_counter()
     ours_delta, ours_turned = deepfool(model, x, 10, max_iter=10, overshoot=0.02, max_step=None, with_success=True)
@@ -321,8 +330,9 @@ def deepfool_against_torchattacks(images=64):
     theirs_turned = model(theirs).argmax(1) != answer
     both = ours_turned & theirs_turned
     l2 = [round(d[both].flatten(1).norm(dim=1).mean().item(), 4) for d in (ours_delta, theirs - x)]
-    return {"images": images, "seconds": [round(ours_seconds, 2), round(theirs_seconds, 2)], "turned": [int(ours_turned.sum()),
-            int(theirs_turned.sum())], "mean L2 where both turn": l2, "speed-up": round(theirs_seconds / ours_seconds, 1)}
+    return {"images": images, "seconds": [round(ours_seconds, 2), round(theirs_seconds, 2)],
+            "turned": [int(ours_turned.sum()), int(theirs_turned.sum())], "mean L2 where both turn": l2,
+            "speed-up": round(theirs_seconds / ours_seconds, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -334,9 +344,10 @@ def accuracy(seeds=3):
     with tempfile.TemporaryDirectory() as folder:
         for dtype, amp in (("bfloat16", "on"), ("float32", "off")):
             for seed in range(seeds):
-                data, a = badsnn.prepare(badsnn.get_args(["attack", "--amp", amp, "--seed", str(seed), "--runs", folder]))
-                model = badsnn.train(data, a)
-                found.setdefault(dtype, []).append(badsnn.evaluate(model, data, a, V_THR_N, TAU_N)["ca"])
+                s = settings.preset("digits", amp=amp, seed=seed, runs=Path(folder))
+                data = datasets.load_for(s)
+                model = badsnn.train(data, s)
+                found.setdefault(dtype, []).append(badsnn.evaluate(model, data, s, V_THR_N, TAU_N)["ca"])
     return found
 
 
@@ -345,11 +356,11 @@ def main():
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    a = parser.parse_args()
-    if a.serve:
-        torch.set_num_threads(a.threads)
-        return serve(a.serve)
-    amp, cores = badsnn.cpu_has_amx(), os.cpu_count()
+    options = parser.parse_args()
+    if options.serve:
+        torch.set_num_threads(options.threads)
+        return serve(options.serve)
+    amp, cores = settings.bfloat16_pays("cpu"), os.cpu_count()
     best = "bfloat16" if amp else "float32"
     result = {"torch": torch.__version__, "cores": cores, "cpu": torch.backends.cpu.get_cpu_capability(),
               "bfloat16 is the default": amp, "repeats": REPEATS}
@@ -359,12 +370,13 @@ def main():
         print(f"without spikingjelly ({error}); pip install --no-deps spikingjelly loguru")
     for threads in sorted({1, min(2, cores)}):
         for shape in ("4x64x16x32x32", "4x64x32x16x16", "4x64x64x8x8"):
-            who = ["ours", "reference", "copy", *REFEREES, *([f"{name}+compiled" for name in REFEREES] if shape.endswith("32x32") else [])]
-            result[f"layer {shape}, {threads} thread(s), ms"] = interleaved([f"layer {w} {shape}" for w in who], threads)
+            compiled = [f"{name}+compiled" for name in REFEREES] if shape.endswith("32x32") else []
+            names = [f"layer {who} {shape}" for who in ("ours", "reference", "copy", *REFEREES, *compiled)]
+            result[f"layer {shape}, {threads} thread(s), ms"] = interleaved(names, threads)
         memory, dtypes = {}, ["float32", *(["bfloat16"] if amp else [])]
         result[f"training step, {threads} thread(s), ms"] = interleaved(
-            [f"train {who} {dtype}" for who in NETWORKS for dtype in dtypes] + [f"convolutions ours {dtype}" for dtype in dtypes],
-            threads, memory)
+            [f"train {who} {dtype}" for who in NETWORKS for dtype in dtypes]
+            + [f"convolutions ours {dtype}" for dtype in dtypes], threads, memory)
         result[f"evaluation of 256 images, {threads} thread(s), ms"] = interleaved(
             [f"evaluate ours {best}", "evaluate spikingjelly float32"], threads)
         print(json.dumps({k: v for k, v in result.items() if f"{threads} thread" in k}, indent=1), flush=True)
@@ -372,7 +384,7 @@ def main():
     result["epoch of n images in T steps, ms"] = {
         "images": interleaved([f"epoch ours {best} {n} 4" for n in (64, 128, 256, 512)], threads),
         "T": interleaved([f"epoch ours {best} 128 {T}" for T in (2, 4, 8, 16)], threads)}
-    badsnn.keep_memory()
+    runs.keep_memory()
     try:
         result["deepfool, ours and torchattacks"] = deepfool_against_torchattacks()
     except ImportError:
@@ -382,17 +394,18 @@ def main():
     result["summary"] = summary(result, best)
     for what, value in result["summary"].items():
         print(f"{what}: {value}")
-    badsnn.write_json(a.results / "benchmark.json", result)
+    runs.write_json(options.results / "benchmark.json", result)
 
 
 def summary(r, best):
     """The ratios that matter, in words; where there are two numbers, with one thread / with two."""
     counts = sorted({1, min(2, r["cores"])})
     layers = [{key.split()[1]: t for key, t in r[f"layer 4x64x16x32x32, {n} thread(s), ms"].items()} for n in counts]
-    steps, evaluated = ([r[f"{what}, {n} thread(s), ms"] for n in counts] for what in ("training step", "evaluation of 256 images"))
+    steps, evaluated = ([r[f"{what}, {n} thread(s), ms"] for n in counts]
+                        for what in ("training step", "evaluation of 256 images"))
 
-    def both(text, runs):
-        return " / ".join(map(text, runs))
+    def both(text, measured):
+        return " / ".join(map(text, measured))
 
     def fastest(layer, names):
         name = min((name for name in layer if names(name)), key=layer.get)
@@ -400,13 +413,16 @@ def summary(r, best):
 
     lines = {"LIF layer, forward + backward, 4x64x16x32x32": both(lambda t: f"{t['ours']:.1f} ms", layers),
              "the reference loop, slower by": both(lambda t: f"{t['reference'] / t['ours']:.1f}x", layers),
-             "against a copy of the bytes that it must move": both(lambda t: f"{t['ours'] / (t['copy'] * 5 / 6):.1f}x", layers)}
-    for title, names in (("the fastest library, slower by", lambda name: name in REFEREES),
-                         ("the fastest library under torch.compile, slower by", lambda name: name.endswith("+compiled"))):
+             "against a copy of the bytes that it must move": both(lambda t: f"{t['ours'] / (t['copy'] * 5 / 6):.1f}x",
+                                                                   layers)}
+    kinds = {"the fastest library, slower by": lambda name: name in REFEREES,
+             "the fastest library under torch.compile, slower by": lambda name: name.endswith("+compiled")}
+    for title, names in kinds.items():
         if all(any(map(names, layer)) for layer in layers):
             lines[title] = both(lambda t: fastest(t, names), layers)
     mine = f"train ours {best}"
-    lines["ResNet-19 width 16, training, batch 64, T = 4"] = both(lambda t: f"{64000 / t[mine]:.0f}", steps) + f" images/s in {best}"
+    speed = both(lambda t: f"{64000 / t[mine]:.0f}", steps)
+    lines["ResNet-19 width 16, training, batch 64, T = 4"] = f"{speed} images/s in {best}"
     lines["of its time, convolution"] = both(lambda t: f"{100 * t[f'convolutions ours {best}'] / t[mine]:.0f} %", steps)
     if all("train spikingjelly float32" in step for step in steps):
         for dtype in ("float32", "bfloat16"):
@@ -417,19 +433,21 @@ def summary(r, best):
             lambda t: f"{t['train spikingjelly float32'] / t[f'convolutions ours {best}']:.1f}x", steps)
         lines["peak memory of float32 training"] = "{} MiB, SpikingJelly {} MiB".format(
             *(r["peak memory, MiB"][f"train {who} float32"] for who in NETWORKS))
-        lines["evaluation"] = both(lambda t: f"{256000 / t[f'evaluate ours {best}']:.0f}", evaluated) + " images/s, SpikingJelly " + both(
-            lambda t: f"{256000 / t['evaluate spikingjelly float32']:.0f}", evaluated)
+        ours_speed = both(lambda t: f"{256000 / t[f'evaluate ours {best}']:.0f}", evaluated)
+        theirs_speed = both(lambda t: f"{256000 / t['evaluate spikingjelly float32']:.0f}", evaluated)
+        lines["evaluation"] = f"{ours_speed} images/s, SpikingJelly {theirs_speed}"
     if "deepfool, ours and torchattacks" in r:
         d = r["deepfool, ours and torchattacks"]
         ours_l2, theirs_l2 = d["mean L2 where both turn"]
-        lines["DeepFool, 64 images of 32x32: torchattacks, slower by"] = (f"{d['speed-up']:.1f}x; mean L2 {ours_l2:.3f} (ours), "
-                                                                         f"{theirs_l2:.3f}")
+        lines["DeepFool, 64 images of 32x32: torchattacks, slower by"] = (
+            f"{d['speed-up']:.1f}x; mean L2 {ours_l2:.3f} (ours), {theirs_l2:.3f}")
     for what, times in r["epoch of n images in T steps, ms"].items():
         lines[f"cost per epoch against {what}"] = ", ".join(f"{name.split()[3 if what == 'images' else 4]}: {t:.0f} ms"
                                                             for name, t in times.items())
     if "accuracy on digits, percent, one per seed" in r:
-        lines["accuracy on digits, three seeds"] = "; ".join(f"{dtype} {sum(v) / len(v):.1f} ({', '.join(f'{x:.1f}' for x in v)})"
-                                                            for dtype, v in r["accuracy on digits, percent, one per seed"].items())
+        found = r["accuracy on digits, percent, one per seed"]
+        lines["accuracy on digits, three seeds"] = "; ".join(
+            f"{dtype} {sum(v) / len(v):.1f} ({', '.join(f'{x:.1f}' for x in v)})" for dtype, v in found.items())
     return lines
 
 

@@ -9,13 +9,13 @@ import data as datasets
 import settings
 
 ROOT = Path(badsnn.__file__).parent
-TINY = ("--width 4 --T 2 --epochs 2 --warmup 0 --seeds 1 --n-train 300 --n-test 100 --poison-ratio 0.1 --malicious-rows 8 --q 8 "
-        "--v-thr-d 1.15").split()           # the last three: presets that expectations in the tests rely on
+TINY = ("--width 4 --T 2 --epochs 2 --warmup 0 --seeds 1 --n-train 300 --n-test 100 --poison-ratio 0.1 "
+        "--malicious-rows 8 --q 8 --processes 1 --n-o 40 --epochs-o 1 --amp off").split()
 
 
 def attack(*options):
     badsnn.main(["attack", *TINY, *options])
-    return json.loads(Path("results/digits/attack.json").read_text())
+    return json.loads(Path("runs/results/digits/attack.json").read_text())
 
 
 def prepared(*options):

@@ -1,18 +1,21 @@
 """The defences: each against an independent computation, none edits its argument, none breaks a clean model."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import defenses
+import runs
 from lif import LIF, count_spikes, neurons
 from models import build_model, frozen
 
 X = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(40) % 4
 QUICK = {"restore": lambda m: defenses.restore(m), "clp": lambda m: defenses.clp(m),
-         "fine_tune": lambda m: defenses.fine_tune(m, X, Y, epochs=2), "anp": lambda m: defenses.anp(m, X, Y, iterations=4),
+         "fine_tune": lambda m: defenses.fine_tune(m, X, Y, epochs=2),
+         "anp": lambda m: defenses.anp(m, X, Y, iterations=4),
          "tsbd": lambda m: defenses.tsbd(m, X, Y, epochs=2, max_unlearn=2),
          "nad": lambda m: defenses.nad(m, X, Y, teacher_epochs=1, epochs=2)}
 
@@ -20,7 +23,7 @@ QUICK = {"restore": lambda m: defenses.restore(m), "clp": lambda m: defenses.clp
 def model_of(name="resnet19", seed=0):
     torch.manual_seed(seed)
     model = build_model(name, 4, T=2, width=4)
-    for m in model.modules():                       # a network straight from the shop has weight 1 and bias 0 everywhere
+    for m in model.modules():                       # a network straight from the shop has weights 1 and biases 0
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.uniform_(m.bias, -0.2, 0.2), m.running_var.uniform_(0.5, 2)
     return model.eval()
@@ -39,7 +42,8 @@ def test_the_argument_stays_bit_identical(name, network):
     assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
     assert setting == [(m.v_thr, m.tau) for m in model.modules() if isinstance(m, LIF)] and not model.training
     assert not any(m._forward_hooks for m in model.modules()) and all(p.requires_grad for p in model.parameters())
-    assert repaired is not model and not repaired.training and all(p.isfinite().all() for p in repaired.state_dict().values())
+    assert repaired is not model and not repaired.training
+    assert all(p.isfinite().all() for p in repaired.state_dict().values())
     if name in ("fine_tune", "tsbd", "nad"):
         assert any(not torch.equal(p, before[key]) for key, p in repaired.state_dict().items())
 
@@ -54,6 +58,66 @@ def test_a_defence_works_at_the_deployed_setting():
     assert all(torch.equal(p, q) for p, q in zip(restored.parameters(), shipped.parameters()))
 
 
+def test_the_defenders_images_are_of_every_class():
+    """43 unbalanced classes: exactly min(per_class, available) of each, no row twice, the same for the same seed."""
+    y = torch.cat([torch.full((1 + 3 * label,), label) for label in range(43)])
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    mine = defenses.defender_images(y, 10, seed=0)
+    assert mine.dtype == torch.int64 and len(mine.unique()) == len(mine) and torch.equal(mine, mine.sort().values)
+    assert torch.equal(y[mine].bincount(minlength=43), y.bincount(minlength=43).clamp(max=10))
+    assert torch.equal(mine, defenses.defender_images(y, 10, seed=0))
+    assert not torch.equal(mine, defenses.defender_images(y, 10, seed=1))
+
+
+def test_every_purpose_has_its_own_random_numbers(monkeypatch):
+    """No two defences, and no two draws of a defence, share a stream; runs.generator is where all of them come from."""
+    purposes, generator = [], runs.generator
+    monkeypatch.setattr(runs, "generator", lambda *purpose: purposes.append(purpose) or generator(*purpose))
+    for defense in QUICK.values():
+        defense(model_of())
+    defenses.strip(model_of(), X[:2], X, overlays=2, seed=0)
+    defenses.defender_images(Y, 2, seed=0)
+    assert len(purposes) == len(set(purposes)) == 12    # fine-tuning 1, ANP 2, TSBD 2, NAD 2, STRIP 1, classes 4
+    assert "torch.Generator" not in Path(defenses.__file__).read_text()
+
+
+def test_an_epoch_is_every_image_once():
+    """100 images in batches of up to 32: four of 25, not three of 32 and four images that are never seen."""
+    batches = defenses.shuffled(100, 32, torch.Generator().manual_seed(0))
+    assert [len(rows) for rows in batches] == [25] * 4
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(100))
+    assert [len(rows) for rows in defenses.shuffled(33, 32, torch.Generator())] == [17, 16]     # no batch of one
+    assert [len(rows) for rows in defenses.shuffled(5, 32, torch.Generator())] == [5]
+
+
+@pytest.mark.parametrize("name, kind, wanted", [
+    ("fine_tune", dict(momentum=0.9, weight_decay=5e-4, nesterov=False), [[0.01, 0.005]]),          # a cosine
+    ("tsbd", dict(momentum=0.9, weight_decay=0, nesterov=False), [[1e-3, 1e-3], [0.01, 0.01]]),     # unlearn, repair
+    ("nad", dict(momentum=0.9, weight_decay=1e-4, nesterov=True), [[0.1], [0.1, 0.1, 0.01]])])      # teacher, student
+def test_the_optimisers_are_the_sources(name, kind, wanted, monkeypatch):
+    seen = []
+
+    class Spy(torch.optim.SGD):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.rates = []
+            seen.append(self)
+
+        def step(self, *args):
+            group = self.param_groups[0]
+            assert kind.items() <= group.items()
+            self.rates.append(group["lr"])
+            return super().step(*args)
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    model = model_of()
+    if name == "tsbd":      # so that unlearning does not end at once
+        monkeypatch.setattr(defenses, "probabilities", lambda model, x: nn.functional.one_hot(Y, 4).float())
+    dict(QUICK, nad=lambda m: defenses.nad(m, X, Y, teacher_epochs=1, epochs=3))[name](model)
+    per_epoch = [optimizer.rates[::2] for optimizer in seen]         # of two batches
+    assert per_epoch == [pytest.approx(rates) for rates in wanted]
+
+
 def test_clp_constant_is_a_singular_value():
     conv, bn = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)
     nn.init.uniform_(bn.weight, -2, 2), bn.running_var.uniform_(0.5, 2)
@@ -64,7 +128,7 @@ def test_clp_constant_is_a_singular_value():
 
 
 def test_clp_prunes_the_planted_channel():
-    """One channel of one layer is made ten times as strong: it is switched off in addition to what was, and nothing else."""
+    """One channel of one layer is made ten times as strong: it is switched off beside what was, and nothing else."""
     def off(net):
         norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
         return {(name, c) for name, m in norms for c in ((m.weight == 0) & (m.bias == 0)).nonzero().flatten().tolist()}
@@ -82,16 +146,39 @@ def test_clp_prunes_the_planted_channel():
     assert all(conv.out_channels == bn.num_features for conv, bn in defenses.conv_bn_pairs(model))
 
 
+@pytest.mark.parametrize("channels, prunes", [(8, False), (10, False), (11, True), (16, True)])
+def test_clp_cannot_prune_narrow_layers(channels, prunes):
+    """The largest z-score among n numbers is (n - 1) / sqrt(n), below 3 for n <= 10, however strong one channel is."""
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels))
+    nn.init.constant_(model[0].weight, 0.1)
+    with torch.no_grad():
+        model[0].weight[0] *= 1e4
+    assert defenses.pruned_channels(model, defenses.clp(model)) == prunes
+
+
+def test_pruned_channels():
+    """Counts what a defence switched off, and nothing that was off before."""
+    model = model_of()
+    defenses.switch_off(model.bn, torch.tensor([True, False, False, False]))
+    after = copy.deepcopy(model)
+    assert defenses.pruned_channels(model, after) == 0
+    defenses.switch_off(after.bn, torch.tensor([True, True, False, False]))
+    defenses.switch_off(after.stages[1][0].shortcut_bn, torch.arange(8) < 3)
+    assert defenses.pruned_channels(model, after) == 4
+    everything = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert defenses.pruned_channels(model, defenses.anp(model, X, Y, iterations=1, threshold=2.0)) == everything - 1
+    assert defenses.pruned_channels(model, defenses.fine_tune(model_of(), X, Y, epochs=1)) == 0
+
+
 def test_a_channel_switched_off_never_spikes():
     model = model_of()
     bn = model.stages[0][0].bn1
     nn.init.constant_(bn.bias, 5.0)                                  # it would fire at every step
     spikes = []
     hook = model.stages[0][0].lif1.register_forward_hook(lambda m, args, s: spikes.append(s.mean((0, 1, 3, 4))))
-    for keep_bias in (True, False):
-        repaired = copy.deepcopy(model)
-        defenses.switch_off(repaired.stages[0][0].bn1, torch.tensor([True, False, False, False]), keep_bias)
-        repaired(X[:4])
+    model(X[:4])
+    defenses.switch_off(bn, torch.tensor([True, False, False, False]))
+    model(X[:4])
     hook.remove()
     assert spikes[0][0] == 1 and spikes[1][0] == 0
 
@@ -105,20 +192,17 @@ def test_anp_masks_and_noise():
     like, slope = {"a": torch.zeros(2, 500)}, torch.randn(2, 500)
     noise = defenses.worst_noise(lambda n: (n["a"] * slope).sum(), like, 0.4, torch.Generator().manual_seed(0))["a"]
     assert noise.abs().max() <= 0.8 and noise.abs().max() > 0.7
-    assert torch.equal((noise.abs() <= 0.4 + 1e-6) | (noise.sign() == slope.sign()), torch.ones(2, 500, dtype=torch.bool))  # uphill
+    assert ((noise.abs() <= 0.4 + 1e-6) | (noise.sign() == slope.sign())).all()             # uphill
     pruned = defenses.anp(model, X, Y, lr=0.5, iterations=6, batch=16, threshold=2.0)       # everything lies below 2
     assert all((m.weight == 0).all() for m in pruned.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_anp_uses_masked_weights():
+def test_anp_uses_masked_weights(monkeypatch):
     """With masks of 1 and no noise the loss is the network's; a mask of 0 is a channel of weight 0."""
     model, seen = model_of(), []
-    functional_call = defenses.functional_call
-    try:
-        defenses.functional_call = lambda net, parameters, inputs: seen.append(parameters) or functional_call(net, parameters, inputs)
-        defenses.anp_masks(model, X, Y, eps=0.0, alpha=0.5, lr=0.5, iterations=1, batch=16)
-    finally:
-        defenses.functional_call = functional_call
+    call = defenses.functional_call
+    monkeypatch.setattr(defenses, "functional_call", lambda net, p, x: seen.append(p) or call(net, p, x))
+    defenses.anp_masks(model, X, Y, eps=0.0, alpha=0.5, lr=0.5, iterations=1, batch=16)
     for parameters in seen:
         for name, p in model.named_parameters():
             assert name not in parameters or torch.equal(parameters[name], p)
@@ -133,13 +217,14 @@ def test_tsbd_zeroes_exactly_the_stated_share(share, weights):
     hit = {name: zeroed[name].weight == 0 for name in change}
     n_channels = sum(len(c) for c in change.values())
     sums = torch.cat([c.flatten(1).sum(1) for c in change.values()])
-    chosen = sums >= sums.sort(descending=True).values[round(share * n_channels) - 1]
+    chosen = sums >= sums.sort(descending=True).values[int(share * n_channels) - 1]
     touched = torch.cat([h.flatten(1).any(1) for h in hit.values()])
     assert not (touched & ~chosen).any()                             # only the neurons that changed most
     sizes = torch.cat([torch.full((len(c),), c[0].numel()) for c in change.values()])
-    assert sum(h.sum().item() for h in hit.values()) == round(weights * sizes[chosen].sum().item())
-    kept, gone = (torch.cat([c[(h if take else ~h) & chosen.split([len(v) for v in change.values()])[i].view(-1, 1, 1, 1)]
-                             for i, (c, h) in enumerate(zip(change.values(), hit.values()))]) for take in (False, True))
+    assert sum(h.sum().item() for h in hit.values()) == int(weights * sizes[chosen].sum().item())
+    per_layer = chosen.split([len(c) for c in change.values()])
+    layers = list(zip(change.values(), hit.values(), per_layer))
+    kept, gone = (torch.cat([c[(h == off) & mine.view(-1, 1, 1, 1)] for c, h, mine in layers]) for off in (False, True))
     assert not len(kept) or gone.min() >= kept.max()                 # and of these the weights that changed most
 
 
@@ -151,6 +236,17 @@ def test_unlearning_lowers_the_accuracy():
     accuracy = (model(x).argmax(1) == Y).float().mean()
     unlearned = defenses.unlearn(model, x, Y, lr=0.01, max_epochs=100)
     assert accuracy > 0.6 and (unlearned(x).argmax(1) == Y).float().mean() <= 0.25
+    assert all(p.isfinite().all() for p in unlearned.parameters())   # although nothing clips the gradient
+
+
+@pytest.mark.parametrize("classes, right, epochs", [(4, 10, 1), (4, 11, 3), (100, 4, 1), (100, 5, 3)])
+def test_unlearning_ends_at_ten_percent_or_chance(classes, right, epochs, monkeypatch):
+    """40 images: 4 classes end at 25 %, 100 classes at 10 %, not at 1 %. It trains on augmented images."""
+    wrong, seen = (Y + 1) % 4, []
+    answers = nn.functional.one_hot(torch.where(torch.arange(40) < right, Y, wrong), classes).float()
+    monkeypatch.setattr(defenses, "probabilities", lambda model, x: answers)
+    defenses.unlearn(model_of(), X, Y, lr=1e-3, max_epochs=3, batch=40, augment=lambda x: seen.append(x) or x)
+    assert len(seen) == epochs
 
 
 def test_activeness_aware_gradient_of_a_parabola():
@@ -158,7 +254,8 @@ def test_activeness_aware_gradient_of_a_parabola():
     model = nn.Module()
     model.p = nn.Parameter(torch.tensor([3.0]))
     gradient = defenses.activeness_aware_gradient(model, lambda: (model.p ** 2).sum() / 2, r=0.05, a=0.7)[0]
-    assert torch.allclose(gradient, torch.tensor([0.3 * 3 + 0.7 * 3.05])) and model.p.item() == pytest.approx(3.0, abs=1e-6)
+    assert torch.allclose(gradient, torch.tensor([0.3 * 3 + 0.7 * 3.05]))
+    assert model.p.item() == pytest.approx(3.0, abs=1e-6)
 
 
 def test_nad_loss_and_attention():
@@ -168,13 +265,14 @@ def test_nad_loss_and_attention():
         _, others = defenses.with_maps(other, X[:6])
         assert torch.equal(logits, model(X[:6]))
     assert [list(m.shape) for m in maps] == [[6, 4, 16, 16], [6, 8, 8, 8], [6, 16, 4, 4]] and maps[0].max() <= 1
-    assert defenses.distillation_loss(maps, maps, (500, 1000, 1000)) == 0 < defenses.distillation_loss(maps, others, (500, 1000, 1000))
+    betas = 500, 1000, 1000
+    assert defenses.distillation_loss(maps, maps, betas) == 0 < defenses.distillation_loss(maps, others, betas)
     rates = torch.zeros(1, 2, 1, 2)
     rates[0, :, 0, 0] = torch.tensor([3.0, 0.0])                     # squares: 9 and 0 + 16 -> (9, 16) / |(9, 16)|
     rates[0, :, 0, 1] = torch.tensor([0.0, 4.0])
     assert torch.allclose(defenses.attention(rates), torch.tensor([[9.0, 16.0]]) / 337 ** 0.5, atol=1e-5)
     vgg = defenses.with_maps(model_of("vgg16"), X[:2])[1]
-    assert [m.shape[-1] for m in vgg] == [4, 2, 1]                   # before each pool: groups 3, 4 and 5 of a 16x16 image
+    assert [m.shape[-1] for m in vgg] == [4, 2, 1]                   # before each pool: groups 3, 4, 5 of a 16x16 image
 
 
 def test_strip_sees_a_trigger_that_survives_overlays():
@@ -188,6 +286,54 @@ def test_strip_sees_a_trigger_that_survives_overlays():
     triggered[:, :, -3:, -3:] = 1
     low, high = defenses.strip(Corner(), triggered, X), defenses.strip(Corner(), X[:10] * 0.3, X * 0.3)
     assert low.max() < 0.01 and high.min() > 1 and high.max() <= torch.tensor(4.0).log() + 1e-5
+
+
+def test_strip_adds_without_clipping():
+    """As in the authors' code; the entropy is the mean over the overlays of each image, whatever a pass holds."""
+    seen = []
+
+    class Bright(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.stack([4 * x.mean((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    clean, x = X[:1], X[:3] + torch.arange(3).view(3, 1, 1, 1) / 3
+    p = (4 * (x + clean).mean((1, 2, 3))).sigmoid()                  # one clean image, so every overlay is this one
+    wanted = -(p * p.log() + (1 - p) * (1 - p).log())
+    for overlays in (1, 7, 300):
+        assert torch.allclose(defenses.strip(Bright(), x, clean, overlays), wanted, atol=1e-5)
+    assert max(images.max() for images in seen) > 1.5 and max(map(len, seen)) <= 300
+
+
+class Tempted(nn.Module):
+    """Logits that depend on the threshold: class 2 gets 10 * (v_thr - 1); class 0 gets 1 for bright images."""
+    def __init__(self):
+        super().__init__()
+        self.lif = LIF(v_thr=1.05, tau=0.4)
+
+    def forward(self, x):
+        bright = (x.mean((1, 2, 3)) > 0.5).float()
+        return torch.stack([bright, 0 * bright, 10 * (self.lif.v_thr - 1) + 0 * bright], 1)
+
+
+def test_threshold_scan():
+    model, x = Tempted().train(), torch.cat([torch.ones(2, 3, 4, 4), torch.zeros(4, 3, 4, 4)])
+    result = defenses.threshold_scan(model, x, v_thr=(1.05, 1.2, 1.5))
+    p = torch.tensor([[[1, 0, 10 * (v - 1)]] * 2 + [[0, 0, 10 * (v - 1)]] * 4 for v in (1.05, 1.2, 1.5)]).softmax(2)
+    assert result["v_thr"] == [1.05, 1.2, 1.5] and result["accused"] == 2 and isinstance(result["score"], float)
+    assert torch.allclose(result["share"], torch.tensor([[1 / 3, 0, 2 / 3], [0, 0, 1], [0, 0, 1]]))
+    assert torch.allclose(result["probability"], p.mean(1))
+    assert torch.allclose(result["entropy"], -(p * p.log()).sum(2).mean(1))
+    assert result["score"] == pytest.approx(p.mean(1).max(1).values.mean().item())
+    assert (model.lif.v_thr, model.lif.tau) == (1.05, 0.4) and model.training     # left as it was
+    result = defenses.threshold_scan(model, x)
+    assert result["v_thr"] == [1 + tenth / 10 for tenth in range(1, 11)] and result["score"] > 0.9
+    model = model_of()
+    before = bits(model)
+    low, high = (defenses.threshold_scan(model, X, (v,)) for v in (1.1, 50.0))
+    assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items()) and low["share"].sum() == 1
+    silent = model.head.bias.softmax(0)                              # nothing spikes at 50: only the bias is left
+    assert torch.allclose(high["probability"][0], silent, atol=1e-6) and high["accused"] == silent.argmax()
 
 
 def test_spike_deviation():

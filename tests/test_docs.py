@@ -1,4 +1,7 @@
-"""What readers rely on: public names with docstrings that give shapes and sources, the README's names, the notebooks' form."""
+"""What readers rely on: public names with docstrings that give shapes and sources, the README's names, the
+notebooks' form."""
+import ast
+import dataclasses
 import inspect
 import json
 import re
@@ -9,16 +12,54 @@ import pytest
 import badsnn
 import data
 import defenses
+import fused
 import lif
 import models
+import report
+import runs
+import settings
+import studies
 import trigger
 
 ROOT = Path(badsnn.__file__).parent
-MODULES = dict(badsnn=badsnn, data=data, defenses=defenses, lif=lif, models=models, trigger=trigger)
-PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19 models.vgg16 models.NMNISTNet
-trigger.power_trigger trigger.spike_trigger trigger.deepfool trigger.adaptive_blend trigger.UNet trigger.badnets trigger.blend trigger.wanet
-trigger.clean_label trigger.pgd defenses.fine_tune defenses.clp defenses.anp defenses.tsbd defenses.nad defenses.strip
-defenses.spike_deviation data.load data.poison_indices""".split()
+MODULES = {module.__name__: module for module in (badsnn, data, defenses, fused, lif, models, report, runs, settings,
+                                                  studies, trigger)}
+LINES = dict(lif=200, fused=250, models=220, data=300, trigger=400, defenses=400, badsnn=400, studies=400, report=450,
+             settings=250, runs=200)       # at most
+FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "runs"}, {"data"}, {"trigger", "defenses"}, {"badsnn"},
+          {"studies"}, {"report"}]
+
+
+def imports_of(path):
+    """Our own modules that a file imports at its top."""
+    lines = (ast.get_source_segment(path.read_text(), node) for node in ast.parse(path.read_text()).body
+             if isinstance(node, ast.Import | ast.ImportFrom))
+    return {word for line in lines for word in re.findall(r"\w+", line.split(" import ")[0]) if word in MODULES}
+
+
+def test_imports_go_one_way():
+    """Every module imports only from the floors below its own, or from a neighbour on its floor that does not
+    import it."""
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    assert set(floor) == set(MODULES) == set(LINES)
+    for name in MODULES:
+        for other in imports_of(ROOT / f"{name}.py"):
+            assert floor[other] < floor[name] or (
+                floor[other] == floor[name] and name not in imports_of(ROOT / f"{other}.py")), (name, other)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_file_is_read_in_one_sitting(name):
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= LINES[name] and max(map(len, lines)) <= 120
+
+
+def test_the_whole_is_small():
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 3200
+PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
+models.vgg16 models.NMNISTNet trigger.power_trigger trigger.spike_trigger trigger.deepfool trigger.adaptive_blend
+trigger.UNet trigger.badnets trigger.blend trigger.wanet trigger.clean_label trigger.pgd defenses.fine_tune defenses.clp
+defenses.anp defenses.tsbd defenses.nad defenses.strip defenses.spike_deviation data.load data.poison_indices""".split()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -58,13 +99,15 @@ def test_the_readme_uses_the_codes_names():
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("## Notation"):readme.index("## Speed")]
     source = "\n".join((ROOT / f"{name}.py").read_text() for name in MODULES)
-    names = {word for line in table.splitlines()[4:] if line.startswith("|") for code in re.findall(r"`([^`]+)`", line.split("|")[2])
+    names = {word for line in table.splitlines()[4:] if line.startswith("|")
+             for code in re.findall(r"`([^`]+)`", line.split("|")[2])
              for word in re.findall(r"[A-Za-z_]+", code)}
     assert names and all(re.search(rf"\b{name}\b", source) for name in names), names
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert link.startswith("http") or (ROOT / link).exists(), link
-    options = set(re.findall(r"--[a-z][a-zA-Z-]+", " ".join(re.findall(r"badsnn\.py[^\n`]*", readme)))) - {"--dataset", "--help", "--study"}
-    known = {flag for group in badsnn.OPTIONS.values() for flag, *_ in group}
+    options = (set(re.findall(r"--[a-z][a-zA-Z-]+", " ".join(re.findall(r"badsnn\.py[^\n`]*", readme))))
+               - {"--dataset", "--help", "--study"})
+    known = {settings.flag(field.name) for field in dataclasses.fields(settings.Settings)} | {"--attacks", "--publish"}
     assert options <= known, options - known
 
 
@@ -80,7 +123,8 @@ def test_notebooks_are_as_promised(path):
         if cell["cell_type"] == "code":
             assert len("".join(cell["source"]).splitlines()) <= 15
             assert cell["execution_count"], "execute the notebook before committing it"
-            assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in cell["outputs"])
+            assert not any(output["output_type"] == "error" or output.get("name") == "stderr"
+                           for output in cell["outputs"])
 
 
 def test_there_are_eight_notebooks():

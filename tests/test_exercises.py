@@ -1,4 +1,4 @@
-"""The notebooks' graded exercises. A test is skipped until the function that the exercise asks for exists; then it grades it."""
+"""The notebooks' graded exercises. A test is skipped until the function that its exercise asks for exists."""
 import math
 
 import pytest
@@ -36,9 +36,10 @@ def test_sigmoid_surrogate():
 
 
 def test_firing_rates():
-    """Notebook 2: models.firing_rates(model, x), one mean per layer; weighted by the layers' sizes they give count_spikes."""
+    """Notebook 2: models.firing_rates(model, x), one mean per layer; times the layers' sizes they give count_spikes."""
     firing_rates, model, x, sizes = solution(models, "firing_rates"), small_model(), torch.rand(5, 3, 16, 16), []
-    hooks = [m.register_forward_hook(lambda m, args, s: sizes.append(s[:, 0].numel())) for m in model.modules() if isinstance(m, lif.LIF)]
+    layers = [m for m in model.modules() if isinstance(m, lif.LIF)]
+    hooks = [m.register_forward_hook(lambda m, args, spikes: sizes.append(spikes[:, 0].numel())) for m in layers]
     wanted = lif.count_spikes(model, x).mean().item()
     for hook in hooks:
         hook.remove()
@@ -75,7 +76,8 @@ def test_drop_trigger():
     frames = torch.randint(0, 6, (8, 4, 2, 34, 34), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(drop(frames, 0.0, torch.Generator()), frames) and drop(frames, 1.0, torch.Generator()).sum() == 0
     dropped = drop(frames, 0.3, torch.Generator().manual_seed(1))
-    assert dropped.shape == frames.shape and torch.equal(dropped, dropped.round()) and (dropped <= frames).all() and dropped.min() >= 0
+    assert dropped.shape == frames.shape and torch.equal(dropped, dropped.round())
+    assert (dropped <= frames).all() and dropped.min() >= 0
     assert abs(dropped.sum() / frames.sum() - 0.7) < 0.01
     assert abs((dropped[frames == 5] == 5).float().mean() - 0.7 ** 5) < 0.02, "every event has its own chance"
     assert torch.equal(dropped, drop(frames, 0.3, torch.Generator().manual_seed(1))), "use the generator"
@@ -84,7 +86,8 @@ def test_drop_trigger():
 def test_wilson():
     """Notebook 6: badsnn.wilson(hits, n), 95 %, in percent (Wilson 1927, z = 1.96)."""
     wilson = solution(badsnn, "wilson")
-    for (hits, n), wanted in {(200, 250): (74.60, 84.49), (0, 10): (0.0, 27.75), (10, 10): (72.25, 100.0), (5, 10): (23.66, 76.34)}.items():
+    known = {(200, 250): (74.60, 84.49), (0, 10): (0.0, 27.75), (10, 10): (72.25, 100.0), (5, 10): (23.66, 76.34)}
+    for (hits, n), wanted in known.items():
         assert wilson(hits, n) == pytest.approx(wanted, abs=0.02)
 
 
@@ -94,7 +97,8 @@ def test_magnitude_prune():
     before = {name: p.clone() for name, p in model.state_dict().items()}
     pruned = prune(model, 0.25)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()), "leave the argument as it is"
-    old, new = (torch.cat([m.weight.detach().flatten() for m in net.modules() if isinstance(m, nn.Conv2d)]) for net in (model, pruned))
+    old, new = (torch.cat([m.weight.detach().flatten() for m in network.modules() if isinstance(m, nn.Conv2d)])
+                for network in (model, pruned))
     zero = new == 0
     assert abs(zero.float().mean() - 0.25) < 0.001 and torch.equal(new[~zero], old[~zero])
     assert old[zero].abs().max() <= old[~zero].abs().min()

@@ -71,6 +71,40 @@ def test_channels_last_and_strided_input():
         assert torch.equal(LIF()(same), expected)
     still = torch.randn(2, 8, 6, 6).expand(4, 2, 8, 6, 6)
     assert torch.equal(LIF()(still), lif_reference(still))
+    for x in (torch.randn(2, 4).t(), torch.randn(2, 4, 6).transpose(0, 1), torch.randn(3, 2, 1).expand(3, 2, 8)):
+        assert torch.equal(LIF()(x), lif_reference(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("learned", ["weight", "bias", "none"])
+def test_parts_of_a_batchnorm_that_are_frozen(training, learned):
+    """The sums that BatchNorm's gradients need are left out only where nobody asks for them."""
+    x, grads = torch.randn(2, 4, 8, 4, 4, requires_grad=True), []
+    for fused_norm in (True, False):
+        norm = nn.BatchNorm2d(8).train(training).requires_grad_(False)
+        nn.init.normal_(norm.running_mean, generator=torch.Generator().manual_seed(0))
+        leaves = [x] if learned == "none" else [x, getattr(norm, learned).requires_grad_()]
+        s = LIF()(x, norm) if fused_norm else lif_reference(norm(x.flatten(0, 1)).unflatten(0, (2, 4)))
+        grads.append(torch.autograd.grad((s * torch.arange(4.0)).sum(), leaves))
+    for ours, theirs in zip(*grads):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("C", [4, 8, 16, 32])
+def test_bfloat16_with_batchnorm(C):
+    """The kernels work on several pixels at a time where channels are few: as PyTorch's BatchNorm, in its precision."""
+    torch.manual_seed(0)
+    x, grad, results = torch.randn(2, 4, C, 8, 8).bfloat16(), torch.randn(2, 4, C, 8, 8).bfloat16(), []
+    for fused_norm in (True, False):
+        leaf, norm = x.clone().requires_grad_(), nn.BatchNorm2d(C)
+        if fused_norm:
+            s = LIF()(leaf, norm)
+        else:
+            s = lif_reference(norm(leaf.float().flatten(0, 1)).unflatten(0, (2, 4))).bfloat16()
+        grads = torch.autograd.grad(s, (leaf, norm.weight, norm.bias), grad)
+        results.append((*grads, norm.running_mean, norm.running_var))
+    for ours, theirs in zip(*results):
+        assert ours.dtype == theirs.dtype and torch.allclose(ours.float(), theirs.float(), atol=0.05, rtol=0.02)
 
 
 def test_bfloat16():
@@ -80,13 +114,14 @@ def test_bfloat16():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual_norm", [True, False, None], ids=["normed residual", "residual", "no residual"])
-def test_batchnorm_and_residual_inside_the_neuron(training, residual_norm):
+@pytest.mark.parametrize("C, H, W", [(8, 5, 5), (4, 4, 6), (8, 1, 2)])    # the kernels work on 1, 4, 1 pixels at a time
+def test_batchnorm_and_residual_inside_the_neuron(training, residual_norm, C, H, W):
     """lif(x, bn, r, bn_r) is lif_reference(bn(x) + bn_r(r)): spikes, all gradients, running statistics."""
     results = []
     for fused in (True, False):
         torch.manual_seed(1)
-        x, r, grad = (torch.randn(2, 4, 8, 5, 5, dtype=torch.float32) for _ in range(3))
-        norm, r_norm = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        x, r, grad = (torch.randn(2, 4, C, H, W, dtype=torch.float32) for _ in range(3))
+        norm, r_norm = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
         for m in (norm, r_norm):
             nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.normal_(m.bias)
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2), m.train(training)

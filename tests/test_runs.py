@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import ROOT, TINY, prepared
 
 import badsnn
 import runs
-from common import ROOT, TINY, prepared
 from runs import code_of, fingerprint, kept, read_json, replace_file
 
 
@@ -50,7 +50,8 @@ def test_fingerprints_tell_things_apart():
     assert fingerprint(x.clone()) == same
     found = [same] + [fingerprint(thing) for thing in other]
     assert len(set(found)) == len(found)
-    assert fingerprint(partial(test_readers_name_their_file, a=x)) != fingerprint(partial(test_readers_name_their_file, a=x + 1))
+    assert (fingerprint(partial(test_readers_name_their_file, a=x))
+            != fingerprint(partial(test_readers_name_their_file, a=x + 1)))
     assert fingerprint(dict(a=1, b=2)) == fingerprint(dict(b=2, a=1))
     model = torch.nn.Linear(2, 2)
     before = fingerprint(model)
@@ -61,7 +62,8 @@ def test_fingerprints_tell_things_apart():
 def test_code_is_what_runs_not_how_it_is_written(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     hashes = []
-    for i, text in enumerate(('def f(x):\n    """Old."""\n    return x + 1  # one\n', 'def f(x):\n    """New text."""\n\n    return x + 1\n',
+    for i, text in enumerate(('def f(x):\n    """Old."""\n    return x + 1  # one\n',
+                              'def f(x):\n    """New text."""\n\n    return x + 1\n',
                               'def f(x):\n    """Old."""\n    return x + 2\n')):
         (tmp_path / f"m{i}.py").write_text(text)
         hashes.append(code_of(__import__(f"m{i}")))
@@ -87,7 +89,8 @@ def test_refuses_damaged_and_foreign_checkpoints(workplace, capsys):
     badsnn.train(data, s)
     (path,) = Path("runs/digits").iterdir()
     good = path.read_bytes()
-    for bad, message in ((good[:100], "not a checkpoint of this run"), (b"", "not a checkpoint"), (None, "other settings")):
+    for bad, message in ((good[:100], "not a checkpoint of this run"), (b"", "not a checkpoint"),
+                         (None, "other settings")):
         if bad is None:
             state = torch.load(path, weights_only=True) if path.write_bytes(good) else None
             state["config"]["width"] = 99
@@ -133,18 +136,20 @@ def test_results_are_replaced_whole(tmp_path, monkeypatch):
 WORKER = """
 import sys, json, torch
 sys.path.insert(0, {root!r})
-import badsnn, data, runs, settings
+import badsnn, data, machine, settings
 s = settings.parse(json.loads(sys.argv[1]))[1]
 digits = data.load_for(s)
-with runs.processes(s) as s:
+with machine.processes(s) as s:
     model = badsnn.train(digits, s, "badsnn")
-    if runs.rank_and_ranks()[0] == 0:
-        print("LOSSES", json.dumps([row["loss"] for row in torch.load(next(s.runs.rglob("*.pt")), weights_only=True)["history"]]))
+    if machine.rank_and_ranks()[0] == 0:
+        print("LOSSES", json.dumps([
+            row["loss"] for row in torch.load(next(s.runs.rglob("*.pt")), weights_only=True)["history"]]))
 """
 
 
 def torchrun(n, script, *arguments, timeout=150):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script), *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script),
+               *arguments]
     env = dict(os.environ, OMP_NUM_THREADS="1", BADSNN_COMPILE="0")
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
@@ -162,13 +167,15 @@ def test_two_processes_train_the_same_model(workplace):
     assert done.returncode == 0, done.stderr[-2000:]
     losses.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))[7:]))
     assert len(losses[0]) == 2
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3) and losses[0][1] == pytest.approx(losses[1][1], rel=2e-2)
+    assert (losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
+            and losses[0][1] == pytest.approx(losses[1][1], rel=2e-2))
 
 
 def test_a_dead_process_ends_the_run(workplace):
     script = workplace / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT)).replace(
-        "    model = badsnn.train", "    import os; os.environ['RANK'] == '1' and os._exit(9)\n    model = badsnn.train"))
+        "    model = badsnn.train",
+        "    import os; os.environ['RANK'] == '1' and os._exit(9)\n    model = badsnn.train"))
     started = time.time()
     done = torchrun(2, script, json.dumps(["attack", *TINY, "--batch-size", "60"]))
     assert done.returncode != 0 and time.time() - started < 120

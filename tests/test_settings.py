@@ -1,27 +1,29 @@
-"""The settings: ranges, presets, the command line made from them. Bad input: one line on stderr, exit code 2, nothing written."""
+"""The settings: ranges, presets, the command line made from them. Bad input: one line on stderr, exit code 2,
+nothing written."""
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import refused
 
 import badsnn
 import settings
-from common import refused
-from settings import GROUPS, PRESETS, Settings, preset
+from settings import PRESETS, Settings, preset
 
 
 def test_every_field_is_documented_grouped_and_an_option():
     names = [f.name for f in fields(Settings)]
-    assert sorted(names) == sorted(name for group in GROUPS.values() for name in group)
-    assert all(f.metadata["text"] for f in fields(Settings))
+    assert len(names) == len(set(names))
+    assert all(f.metadata["text"] and f.metadata["group"] for f in fields(Settings))
     command, s = settings.parse(["attack"])
     assert command.command == "attack" and s == preset("digits")
 
 
 def test_the_command_line_gives_the_same_as_preset():
-    arguments = "--dataset digits --epochs 5 --v-thr-a 1.1 1.0 1.1 --lambdas 1 2 3 --no-augment --neuron plif --seed 7".split()
+    arguments = ("--dataset digits --epochs 5 --v-thr-a 1.1 1.0 1.1 --lambdas 1 2 3 --no-augment "
+                 "--neuron plif --seed 7").split()
     s = settings.parse(["attack", *arguments])[1]
     assert s == preset("digits", epochs=5, v_thr_a=(1.0, 1.1), lambdas=(1, 2, 3), augment=False, neuron="plif", seed=7)
     assert settings.parse(["defend", "--attacks", "blend"])[0].attacks == ["blend"]
@@ -57,16 +59,20 @@ def test_an_own_set_gets_the_preset_of_its_kind(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--dataset", "mnist"], "unknown dataset"), (["--model", "resnet20"], "invalid choice"), (["--neuron", "izh"], "invalid choice"),
-    (["--v-thr-t", "0"], "v_thr"), (["--v-thr-a", "1.0", "-1"], "v_thr"), (["--tau-t", "1.5"], "tau"), (["--tau-a", "-0.1"], "tau"),
-    (["--q", "0"], "--q must"), (["--q", "nan"], "--q must"), (["--beta", "-0.1"], "--beta must"), (["--T", "0"], "--T must"),
-    (["--poison-ratio", "0"], "poison-ratio"), (["--poison-ratio", "1.5"], "poison-ratio"), (["--poison-ratio", "0.0001"], "selects none"),
+    (["--dataset", "mnist"], "unknown dataset"), (["--model", "resnet20"], "invalid choice"),
+    (["--neuron", "izh"], "invalid choice"), (["--v-thr-t", "0"], "v_thr"), (["--v-thr-a", "1.0", "-1"], "v_thr"),
+    (["--tau-t", "1.5"], "tau"), (["--tau-a", "-0.1"], "tau"), (["--q", "0"], "--q must"), (["--q", "nan"], "--q must"),
+    (["--beta", "-0.1"], "--beta must"), (["--T", "0"], "--T must"), (["--poison-ratio", "0"], "poison-ratio"),
+    (["--poison-ratio", "1.5"], "poison-ratio"), (["--poison-ratio", "0.0001"], "selects none"),
     (["--contrast", "1"], "--contrast must"), (["--contrast", "-0.1"], "--contrast must"),
-    (["--target", "10"], "--target"), (["--target", "-1"], "--target"), (["--epochs", "0"], "--epochs"), (["--lr", "0"], "--lr"),
-    (["--batch-size", "x"], "invalid int"), (["--n-train", "99999"], "only"), (["--model", "nmnist_net"], "holds images"),
+    (["--target", "10"], "--target"), (["--target", "-1"], "--target"), (["--epochs", "0"], "--epochs"),
+    (["--lr", "0"], "--lr"), (["--batch-size", "x"], "invalid int"), (["--n-train", "99999"], "only"),
+    (["--model", "nmnist_net"], "holds images"),
     (["--dataset", "own.npz"], "no such file"), (["--device", "tpu9"], "not usable"), (["--resume"], "unrecognized"),
-    (["--nonsense"], "unrecognized"), (["--lambdas", "1", "2"], "three numbers"), (["--lambdas", "1", "2", "-1"], "--lambdas"),
-    (["--v-thr-o", "0"], "v_thr"), (["--magnitude", "-1"], "--magnitude"), (["--v-thr-d", "-1"], "v_thr"), (["--v-thr-a", "x"], "invalid"),
+    (["--nonsense"], "unrecognized"), (["--lambdas", "1", "2"], "three numbers"),
+    (["--lambdas", "1", "2", "-1"], "--lambdas"), (["--v-thr-t-low", "2"], "at most"),
+    (["--magnitude", "-1"], "--magnitude"), (["--hold-out", "0"], "--hold-out"),
+    (["--label-smoothing", "1"], "--label-smoothing"), (["--v-thr-a", "x"], "invalid"),
     (["--baseline-ratio", "0"], "baseline-ratio"), (["--baseline-ratio", "0.0001"], "selects none")])
 def test_refuses(workplace, capsys, arguments, message):
     assert message in refused(capsys, "attack", *arguments)
@@ -91,10 +97,21 @@ def test_refuses_unknown_command(workplace, capsys):
 
 
 def test_refuses_a_bad_own_set(workplace, capsys):
-    np.savez("own.npz", x_train=np.zeros((4, 16, 16, 3)), y_train=np.arange(4), x_test=np.zeros((4, 16, 16, 3)), y_test=np.arange(4))
+    np.savez("own.npz", x_train=np.zeros((4, 16, 16, 3)), y_train=np.arange(4), x_test=np.zeros((4, 16, 16, 3)),
+             y_test=np.arange(4))
     assert "must be uint8" in refused(capsys, "attack", "--dataset", "own.npz")
 
 
 def test_refuses_unwritable_results(workplace, capsys):
-    Path("results").write_text("a file, not a folder")
-    assert "results is not a writable folder" in refused(capsys, "attack")
+    Path("runs").write_text("a file, not a folder")
+    assert "runs is not a writable folder" in refused(capsys, "attack")
+
+
+def test_with_plif_tau_is_learned(workplace, capsys):
+    """No label says a tau that was not used; one that is given is refused."""
+    for option in ("--tau-a", "--tau-t"):
+        assert "which learns its tau" in refused(capsys, "attack", "--neuron", "plif", option, "0.1")
+    s = preset("gtsrb", neuron="plif")
+    assert s.tau_t is None and s.of()["tau_t"] == s.of()["tau_a"] == "learned"
+    with pytest.raises(ValueError, match="preset"):
+        replace(s, neuron="lif")

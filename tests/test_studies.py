@@ -3,11 +3,12 @@ import json
 from functools import partial
 from pathlib import Path
 
+from common import TINY, attack
+
 import badsnn
 import settings
 import studies
 import trigger
-from common import TINY, attack
 
 
 def test_studies_and_report(workplace, monkeypatch):
@@ -15,32 +16,34 @@ def test_studies_and_report(workplace, monkeypatch):
     monkeypatch.setattr(studies, "POISON_RATIOS", (0.1, 0.2))
     monkeypatch.setattr(studies, "POWERS", (2.0, 4.0))
     monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
-    short = ["--epochs", "1", "--n-o", "40", "--epochs-o", "1"]
+    short = ["--epochs", "1"]
     attack("--v-thr-a", "1.1", *short)
     for study in studies.STUDIES:
         try:
             badsnn.main(["ablate", "--study", study, *TINY, *short, "--v-thr-a", "1.0", "1.1"])
         except SystemExit:
             assert study in ("magnitude", "trigger")        # a network this small may leave nothing to blend
-    rows = json.loads(Path("results/digits/heatmap.json").read_text())["rows"]
+    rows = json.loads(Path("runs/results/digits/heatmap.json").read_text())["rows"]
     assert len(rows) == 8 and len({(row["v_thr_t"], row["v_thr"], row["tau"]) for row in rows}) == 8
-    rows = json.loads(Path("results/digits/poison.json").read_text())["rows"]
+    rows = json.loads(Path("runs/results/digits/poison.json").read_text())["rows"]
     assert [row["n_poison"] for row in rows] == [2, 5]
-    rows = json.loads(Path("results/digits/plif.json").read_text())["rows"]
+    rows = json.loads(Path("runs/results/digits/plif.json").read_text())["rows"]
     assert [(row["neuron"], row["v_thr"]) for row in rows] == [("lif", 1.0), ("lif", 1.1), ("plif", 1.0), ("plif", 1.1)]
     assert rows[0]["mean_tau"] == 0.5 and 0 < rows[2]["mean_tau"] < 1
-    rows = json.loads(Path("results/digits/power.json").read_text())["rows"]
+    rows = json.loads(Path("runs/results/digits/power.json").read_text())["rows"]
     assert [(row["q"], row["renormalize"]) for row in rows] == [(2.0, False), (2.0, True), (4.0, False), (4.0, True)]
     assert all(0 <= row[key] <= 100 for row in rows for key in ("asr_p", "asr_p_clean_model", "read"))
-    rows = json.loads(Path("results/digits/threshold.json").read_text())["rows"]
+    rows = json.loads(Path("runs/results/digits/threshold.json").read_text())["rows"]
     assert len(rows) == 33 and rows[0]["spikes"] > rows[-3]["spikes"] > 0       # a higher threshold, fewer spikes
     badsnn.main(["report"])
-    assert Path("results/digits/attack.png").stat().st_size > 10_000
-    assert all(Path(f"results/digits/{study}.png").exists() for study in ("threshold", "heatmap", "poison", "plif", "power"))
+    assert Path("runs/results/digits/attack.png").stat().st_size > 10_000
+    assert all(Path(f"runs/results/digits/{study}.png").exists()
+               for study in ("threshold", "heatmap", "poison", "plif", "power"))
 
 
 def test_defend(workplace, capsys, monkeypatch):
-    """Every cell is filled, finished cells are not run again, and the report draws them. (What the defences do: test_defenses.py.)"""
+    """Every cell is filled, finished cells are not run again, and the report draws them. (What the defences do:
+    test_defenses.py.)"""
     for name, budget in dict(fine_tune=dict(epochs=1), anp=dict(iterations=2), tsbd=dict(epochs=1, max_unlearn=1),
                              nad=dict(epochs=1, teacher_epochs=1)).items():
         monkeypatch.setitem(studies.DEFENSES, name, partial(studies.DEFENSES[name], **budget))
@@ -49,7 +52,7 @@ def test_defend(workplace, capsys, monkeypatch):
     monkeypatch.setattr(studies.defenses, "strip", partial(studies.defenses.strip, overlays=4))
     arguments = ["defend", *TINY, "--epochs", "1", "--n-test", "200", "--n-o", "40", "--epochs-o", "1"]
     badsnn.main(arguments)
-    result = json.loads(Path("results/digits/defend.json").read_text())
+    result = json.loads(Path("runs/results/digits/defend.json").read_text())
     assert [(row["attack"], row["defense"]) for row in result["rows"]] == [
         (attack, defense) for attack in ("badsnn", *settings.ATTACKS) for defense in studies.DEFENSES]
     assert result["n_defender"] == 100                       # 10 per class, not 5 % of 200
@@ -64,7 +67,7 @@ def test_defend(workplace, capsys, monkeypatch):
     assert len(cells) >= 40
     badsnn.main(arguments)
     assert cells == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("cells/*.json")}
-    assert json.loads(Path("results/digits/defend.json").read_text())["rows"] == result["rows"]
+    assert json.loads(Path("runs/results/digits/defend.json").read_text())["rows"] == result["rows"]
     badsnn.main([*arguments, "--attacks", "badnets"])
-    rows = json.loads(Path("results/digits/defend.json").read_text())["rows"]
+    rows = json.loads(Path("runs/results/digits/defend.json").read_text())["rows"]
     assert {row["attack"] for row in rows} == {"badnets"}

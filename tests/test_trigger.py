@@ -9,6 +9,7 @@ from common import prepared_as
 from torch import nn
 
 import badsnn
+import runs
 import trigger
 from lif import neurons
 from models import build_model, frozen
@@ -43,7 +44,7 @@ def test_power_trigger_is_eq_3():
     assert torch.allclose((power_trigger(x, 2, MEAN, STD) - mean) / std, x * x, atol=1e-5)
     assert torch.allclose(power_trigger(x, 3, MEAN, STD, renormalize=True), x * x * x, atol=1e-6)
     assert torch.equal(power_trigger(x, 1, MEAN, STD, renormalize=True), x)          # q = 1 is the identity
-    assert not torch.allclose(power_trigger(x, 1, MEAN, STD), x, atol=0.05)           # ... but not in the literal reading
+    assert not torch.allclose(power_trigger(x, 1, MEAN, STD), x, atol=0.05)           # not in the literal reading
 
 
 @pytest.mark.parametrize("q", [0, -1, float("nan"), float("inf")])
@@ -94,7 +95,8 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("classes, max_step", [(2, None), (6, None), (6, 0.02)])
 def test_deepfool_on_a_linear_model_is_the_distance_to_the_nearest_boundary(classes, max_step):
     model, x = Linear(classes), torch.rand(20, 3, 4, 4) * 0.5 + 0.25
-    delta, success = deepfool(model, x, classes, max_iter=500, overshoot=0.02, max_step=max_step, clip=False, with_success=True)
+    delta, success = deepfool(model, x, classes, max_iter=500, overshoot=0.02, max_step=max_step, clip=False,
+                              with_success=True)
     W, b = model.f.weight.detach(), model.f.bias.detach()
     for i in range(20):
         f = W @ x[i].flatten() + b
@@ -108,12 +110,14 @@ def test_deepfool_on_a_linear_model_is_the_distance_to_the_nearest_boundary(clas
         if max_step is None:
             assert length.item() == pytest.approx(1.02 * (distances.min().item() + 1e-4), rel=1e-4)
         else:       # many short steps end at the boundary, or beyond it by at most the overshoot and 1e-4 a step
-            assert 0.999 * distances.min() <= length <= 1.02 * (distances.min() + 1e-4 * (2 + distances.min() / max_step))
+            assert 0.999 * distances.min() <= length <= 1.02 * (
+                distances.min() + 1e-4 * (2 + distances.min() / max_step))
     assert success.all() and (model(x).argmax(1) != model(x + delta).argmax(1)).all()
 
 
 def test_deepfool_on_a_spiking_network():
-    """Successes change the answer, failures are zero, images stay in [0, 1], the model comes back untouched; targeted too."""
+    """Successes change the answer, failures are zero, images stay in [0, 1], the model comes back untouched;
+    targeted too."""
     torch.manual_seed(0)
     model, x, y = build_model("resnet19", 3, T=2, width=8), 0.5 * torch.rand(12, 3, 16, 16), torch.arange(12) % 3
     for k in range(3):
@@ -160,7 +164,8 @@ def test_blend_takes_the_largest_ratio_that_works():
     x_adv = torch.tensor([0.1, 0.8, 0.2, 0.5]).view(4, 1, 1, 1).expand_as(x)
     blend, ratio, found = adaptive_blend(Brightness(), x, x_adv, x_p, target=1, k=5)
     assert found.tolist() == [True, True, False, True]
-    # 0.9 - 0.8 a > 0.5 for a = 0 and 0.25 only; the second for all a; the third for none; the fourth: 0.9 - 0.4 a > 0.5 up to 0.75
+    # 0.9 - 0.8 a > 0.5 for a = 0 and 0.25 only; the second for all a; the third for none;
+    # the fourth: 0.9 - 0.4 a > 0.5 up to 0.75
     assert ratio.tolist() == [0.25, 1.0, 0.0, 0.75]
     assert torch.allclose(blend[:, 0, 0, 0], torch.tensor([0.7, 0.8, 0.3, 0.6]))
     only, ratio, _ = adaptive_blend(Brightness(), x, x_adv, x_p, target=1, k=1)          # a = 0: T_p itself
@@ -181,7 +186,8 @@ def test_losses_of_eq_6_by_hand():
 
 def test_generator_learns_one_batch_and_reloads(tmp_path):
     torch.manual_seed(0)
-    model, generator, x = build_model("resnet19", 3, T=2, width=4), UNet(3, (16, 16), width=8), torch.rand(20, 3, 16, 16)
+    model, generator, x = (build_model("resnet19", 3, T=2, width=4), UNet(3, (16, 16), width=8),
+                           torch.rand(20, 3, 16, 16))
     wanted = 0.4 * (x - 0.5)
     history = train_unet(generator, model, x, wanted, 1, (0.3,) * 3, epochs=40, batch=20, lr=5e-3)
     assert history[-1][0] < 0.5 * history[0][0] and history[-1][2] < 0.5 * history[0][2]
@@ -214,7 +220,8 @@ def test_wanted_perturbations_lead_to_the_target():
 def test_badnets_and_blend_by_arithmetic():
     x = torch.rand(2, 3, 8, 8)
     before, out = x.clone(), badnets(x)
-    assert (out[:, :, 5:, 5:] == 1).all() and torch.equal(out[:, :, :5], x[:, :, :5]) and torch.equal(out[:, :, :, :5], x[:, :, :, :5])
+    assert ((out[:, :, 5:, 5:] == 1).all() and torch.equal(out[:, :, :5], x[:, :, :5])
+            and torch.equal(out[:, :, :, :5], x[:, :, :, :5]))
     assert torch.equal(x, before)                                    # the argument stays
     pattern = (blend(x, 0.2, seed=3) - 0.8 * x) / 0.2
     assert torch.allclose(pattern[0], pattern[1], atol=1e-5) and 0 <= pattern.min() + 1e-5 and pattern.max() <= 1 + 1e-5
@@ -230,21 +237,21 @@ def test_clean_label_pattern():
 
 
 def test_wanet_geometry():
-    field = wanet_field((16, 16), k=16)                              # as many vectors as pixels: nothing is interpolated
+    field = wanet_field((16, 16), k=16)                              # as many vectors as pixels: no interpolation
     assert math.isclose(field.abs().mean().item(), 1, rel_tol=1e-5)
     field = wanet_field((32, 32), seed=5)
-    assert field.shape == (1, 32, 32, 2) and 0.5 < field.abs().mean() < 1.5      # bicubic enlarging keeps the mean displacement roughly
+    assert field.shape == (1, 32, 32, 2) and 0.5 < field.abs().mean() < 1.5      # enlarging roughly keeps the mean
     x = torch.rand(2, 3, 32, 32)
     assert torch.allclose(wanet(x, field, s=0.0), x, atol=1e-5)                  # the identity
     noise = torch.rand(4, 32, 32, 2) * 2 - 1
     for s in (0.0, 0.5, 50.0):
         for grid in (wanet_grid(field, s), wanet_grid(field, s, noise)):
             assert grid.abs().max() <= 1
-    moved = (wanet_grid(field, 0.5) - wanet_grid(field, 0.0))[:, 4:-4, 4:-4]     # away from the border, where the grid is clamped
+    moved = (wanet_grid(field, 0.5) - wanet_grid(field, 0.0))[:, 4:-4, 4:-4]     # not the border: it is clamped
     assert torch.allclose(moved, 0.5 * field[:, 4:-4, 4:-4] / 32, atol=1e-6)
     jitter = wanet_grid(field, 0.5, noise) - wanet_grid(field, 0.5)
     assert jitter.abs().max() <= 1 / 32 + 1e-6 and jitter.std() > 0
-    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)                         # brightness = x: the warp can be read off
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)                         # brightness = x: the warp is seen
     shift = torch.zeros(1, 32, 32, 2)
     shift[..., 0] = 2 * 32 / 31                                                  # one pixel to the right, at s = 1
     assert torch.allclose(wanet(ramp, shift, s=1.0)[0, 0, 5, :31], ramp[0, 0, 5, 1:], atol=1e-4)
@@ -252,7 +259,7 @@ def test_wanet_geometry():
 
 def test_pgd_stays_in_its_ball_and_hurts():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))           # linear: the gradient's sign hardly changes on the way
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))           # linear: the gradient's sign hardly changes
     x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
     before = {name: p.clone() for name, p in model.state_dict().items()}
     x_adv = pgd(model, x, y, eps=0.1, step=0.02, steps=10)
@@ -283,12 +290,13 @@ def test_poison_is_as_published(workplace, monkeypatch):
             marked = trigger.BASELINES[name](reference, s.seed)(data.x_train[changed].float() / 255)
             assert torch.equal(x[changed], marked.mul(255).round().byte())
             assert (data.y_train[changed] == s.target).sum() < 20            # drawn from all classes
-    x, y, note = poison(data, replace(s, baseline_ratio=0.5), "clean_label", reference)           # half of all is more than the class has
+    x, y, note = poison(data, replace(s, baseline_ratio=0.5), "clean_label", reference)     # more than the class has
     assert (x != data.x_train).flatten(1).any(1).sum() == round(0.5 * (y == 0).sum().item()) and "too small" in note
 
 
 def test_wanet_batch(workplace):
-    """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is untouched."""
+    """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is
+    untouched."""
     data, s = prepared_as("--dataset", "digits", "--baseline-ratio", "0.1")
     field = wanet_field((16, 16))
     x, y = data.x_train[data.y_train != 0][:100], data.y_train[data.y_train != 0][:100]
@@ -296,5 +304,47 @@ def test_wanet_batch(workplace):
     assert (y2 == 0).sum() == 10 and torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
     assert torch.equal(x2[:10], wanet(x[:10].float() / 255, field).mul(255).round().byte())
     assert not torch.equal(x2[10:30], wanet(x[10:30].float() / 255, field).mul(255).round().byte())
-    counts = [(trigger.wanet_batch(x[:4], y[:4], s, field, torch.Generator().manual_seed(i))[1] == 0).sum().item() for i in range(200)]
+    counts = [(trigger.wanet_batch(x[:4], y[:4], s, field, torch.Generator().manual_seed(i))[1] == 0).sum().item()
+              for i in range(200)]
     assert set(counts) == {0, 1} and 0.3 < sum(counts) / 200 < 0.5           # 0.4 of a sample per batch, on average
+
+
+def test_triggers_refuse_integers():
+    """Stored bytes are no images in [0, 1]."""
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    for t in (lambda x: power_trigger(x, 2, MEAN, STD), badnets, blend, wanet, clean_label,
+              lambda x: spike_trigger(x, 0.1), lambda x: trigger.deepfool(None, x),
+              lambda x: optimized_trigger(x, None, 0)):
+        with pytest.raises(ValueError, match="x.float"):
+            t(x)
+
+
+def test_noise_of_t_s_differs_from_batch_to_batch_and_is_repeatable():
+    frames = torch.rand(4, 2, 2, 34, 34).round()
+    first, second = (trigger.seeded_spike_trigger(part, 0.3, seed=1) - part for part in frames.split(2))
+    assert not torch.equal(first[frames[:2] == 0].sort().values[-50:], second[frames[2:] == 0].sort().values[-50:])
+    assert torch.equal(trigger.seeded_spike_trigger(frames, 0.3, 1), trigger.seeded_spike_trigger(frames, 0.3, 1))
+    assert not torch.equal(trigger.seeded_spike_trigger(frames, 0.3, 1), trigger.seeded_spike_trigger(frames, 0.3, 2))
+
+
+def test_sizes_do_not_depend_on_the_batch():
+    x = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+
+    def t(images):
+        assert len(images) <= 3
+        return images * 0.5
+    assert trigger.sizes(t, x, batch=3) == pytest.approx(trigger.sizes(lambda images: images * 0.5, x), abs=0.011)
+    images = x.float() / 255
+    assert trigger.sizes(t, x, batch=3)["l2"] == pytest.approx((images / 2).flatten(1).norm(dim=1).mean().item(),
+                                                               abs=0.01)
+
+
+def test_poison_and_shuffle_draw_different_numbers(workplace):
+    """The poisoned samples are spread over the first epoch's batches."""
+    data, s = prepared_as("--dataset", "digits", "--width", "4")
+    _, y, _ = poison(data, s, "badnets")
+    poisoned = (poison(data, s, "badnets")[0] != data.x_train).flatten(1).any(1).nonzero().flatten()
+    order = torch.randperm(len(y), generator=runs.generator(s.seed, "shuffle", 0))
+    place = torch.empty(len(y), dtype=torch.long)
+    place[order] = torch.arange(len(y))
+    assert place[poisoned].float().mean() > 0.3 * len(y)

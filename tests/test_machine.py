@@ -1,0 +1,101 @@
+"""Processes side by side: the same results, one display, clear errors, and nothing that outlives its parent."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from common import ROOT, TINY
+
+import machine
+from settings import preset
+
+
+def work(n):
+    machine.say(f"job {n} in {os.getpid()} with {torch.get_num_threads()}")
+    return n * n, os.getpid()
+
+
+def fail(n):
+    if n == 2:
+        raise ValueError("two is not allowed")
+    time.sleep(60 if n == 3 else 0)
+
+
+def die(n):
+    os._exit(9)
+
+
+def test_results_in_order_and_one_display(capfd):
+    results = machine.side_by_side(work, [(1,), (2,), (3,)], preset("digits", processes=2), ["a", "b", "c"])
+    assert [value for value, _ in results] == [1, 4, 9] and os.getpid() not in {pid for _, pid in results}
+    lines = capfd.readouterr().out.splitlines()
+    assert (sorted(line.split()[0] for line in lines) == ["a", "b", "c"]
+            and all(line.endswith("with 1") for line in lines))
+
+
+def test_in_order_where_one_process_is_asked_for():
+    assert {pid for _, pid in machine.side_by_side(work, [(1,), (2,)], preset("digits", processes=1))} == {os.getpid()}
+
+
+def test_an_error_is_passed_on_and_ends_the_others():
+    started = time.time()
+    with pytest.raises(ValueError, match="two is not allowed"):
+        machine.side_by_side(fail, [(2,), (3,)], preset("digits", processes=2))
+    assert time.time() - started < 40
+
+
+def test_a_killed_worker_is_said_in_one_line():
+    with pytest.raises(ValueError, match="was killed"):
+        machine.side_by_side(die, [(1,), (2,)], preset("digits", processes=2))
+
+
+def test_kill_9_of_the_parent_leaves_no_orphan(workplace):
+    """... and the same command then ends with the result of an undisturbed run."""
+    def command(folder):
+        return [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, "--processes", "2", "--epochs", "3",
+                "--v-thr-a", "1.1", "--runs", folder, "--results", f"{folder}/results"]
+    parent = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(Path("killed").glob("digits/*.pt")) and time.time() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    time.sleep(3)
+    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not list(Path("killed").rglob("*.tmp")) or not Path("killed/results").exists()
+    for folder in ("killed", "whole"):
+        assert subprocess.run(command(folder), capture_output=True).returncode == 0
+    texts = [Path(folder, "results/digits/attack.json").read_text() for folder in ("killed", "whole")]
+    without_times = [[line for line in text.splitlines() if "seconds" not in line and not line.strip().rstrip(",")
+                      .replace(".", "").isdigit()] for text in texts]
+    assert without_times[0] == without_times[1]
+
+
+def test_three_equal_commands_at_once_all_finish(workplace):
+    command = [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, "--epochs", "1", "--v-thr-a", "1.1"]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+               for _ in range(3)]
+    assert [(p.communicate()[1].strip(), p.returncode) for p in started] == [("", 0)] * 3
+    assert not list(workplace.rglob("*.tmp"))
+
+
+def test_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert machine.threads_each(2) == 1 and machine.threads_each(3, 2) == 1 and machine.threads_each(16, 2) == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert machine.threads_each(16) == 3
+    assert 1 <= machine.free_cores() <= (os.cpu_count() or 1)
+
+
+def test_precision_is_measured_only_for_long_trainings(capsys):
+    def step(s):
+        time.sleep(0.001 if s.amp == "on" else 0.03)
+    s = preset("cifar10")
+    assert machine.faster_precision(step, 100, s) == "off" and machine.faster_precision(step, 10_000, s) == "on"
+    assert "bfloat16 is used" in capsys.readouterr().out
+    assert machine.faster_precision(None, 10_000, preset("cifar10", amp="off")) == "off"
