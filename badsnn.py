@@ -18,6 +18,7 @@ Metrics, in percent. CA: accuracy on clean test samples. ASR: share of triggered
 target_rate: the same share without any trigger. Both leave out samples whose true class is the target, and an ASR means
 nothing without the CA and the target_rate of the same setting. Base CA: CA at S_n. Clean CA: of a clean model.
 """
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -274,10 +275,11 @@ def train_trigger(model, data, s, v_thr_a):
 # 3.3.4  Deployment, and Table 1
 
 def choose(rows, base_ca, margin):
-    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples: of those with CA >= base_ca -
-    margin and ASR_p - target_rate within 5 points of the best, the largest V_a. (The nearer to V_t, the less T_o has to
-    change.) None if no row qualifies."""
-    fit = [row for row in rows if row["ca"] >= base_ca - margin]
+    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going up from the smallest
+    V_a until CA falls below base_ca - margin: the largest of these whose ASR_p - target_rate is within 5 points of the
+    best. (The nearer to V_t, the less T_o has to change.) None if CA is too low from the start."""
+    rows = sorted(rows, key=lambda row: row["v_thr"])
+    fit = list(itertools.takewhile(lambda row: row["ca"] >= base_ca - margin, rows))
     best = max((row["asr_p"] - row["target_rate"] for row in fit), default=0)
     return max((row["v_thr"] for row in fit if row["asr_p"] - row["target_rate"] >= best - 5), default=None)
 
@@ -330,8 +332,8 @@ def attack_seed(s):
 
 
 def attack_row(clean, backdoored, t_o, data, s, v_thr):
-    """One deployed setting, on the test set: the backdoored model with and without triggers. As controls the clean model
-    under the same trigger; what a clean model at S_n still reads of triggered samples (read_p, read_o); T_p faded."""
+    """One deployed setting, on the test set: the backdoored model with and without triggers. As controls the clean
+    model under the same trigger; what a clean model at S_n reads of triggered samples (read_p, read_o); T_p faded."""
     tau, control = s.tau_a, evaluate(clean, data, s, v_thr, s.tau_a)
     row = dict(v_thr=v_thr, tau=s.of("deployment")["tau_a"], **evaluate(backdoored, data, s, v_thr, tau),
                ca_clean_model=control["ca"], target_rate_clean_model=control["target_rate"], asr_o=None)
@@ -366,6 +368,8 @@ def measured_precision(data, s):
         with autocast(variant):
             loss = model(to_float(x, s)).square().mean()
         loss.backward()
+    if s.amp != "auto":
+        return s
     n_steps = sum(steps_in(epoch, s) / s.T for epoch in range(s.epochs)) * len(data.y_train) / s.batch_size
     deciders = dict(s.of("network", "training"), shape=list(data.x_train.shape[1:]), machine=machine.name())
     path = s.runs / data.name / f"precision-{fingerprint(deciders)[:8]}.json"

@@ -65,8 +65,8 @@ def set_up_compiler():
             setattr(config, name, value)
 
 
-# ----- The kernels. Tensors are [T, B, M, C]: C channels last, M pixels. v_thr and tau are tensors [B], so that
-# changing them never compiles anything again. T is known when a kernel is compiled, all other sizes are open.
+# ----- The kernels. Tensors are [T, B, M, C]: C channels last, M pixels; [T B, M, C] where time plays no part. All
+# sizes but T are open, and v_thr and tau are tensors [B]: changing them compiles nothing again.
 
 def _charge(v, tau, inputs, scales, shifts, t):
     v = tau * v
@@ -115,7 +115,7 @@ def _lif_backward(grad, inputs, scales, shifts, means, v_thr, tau, surrogate, le
 
 
 def _sums(a, b):
-    return torch.stack([a.sum(2), (a * b).sum(2)]).sum((1, 2))        # of a and of a b, per channel: [2, C]
+    return torch.stack([a.sum(-2), (a * b).sum(-2)]).flatten(1, -2).sum(1)    # of a and of a b, per channel: [2, C]
 
 
 @compiled
@@ -198,7 +198,7 @@ class _FusedLIF(torch.autograd.Function):
                 total = _wide(_sum_over_ranks(s.clone()), p)
                 b = -scale * rstd ** 2 * total[1] / n
                 c = -scale * total[0] / n - b * mean
-            grad_in = _norm_backward(grad, x, scale, b, c) if stat else grad
+            grad_in = _norm_backward(grad.flatten(0, 1).data, x.flatten(0, 1).data, scale, b, c) if stat else grad
             grads += [_unflat(grad_in, shape, p), grad_weight, grad_bias]
         return None, None, None, grad_tau, *grads
 
@@ -215,7 +215,7 @@ def _batch_statistics(norm, x, p):
     mean, var, n = norm.running_mean.clone(), norm.running_var, 0       # a copy: backward must not see later changes
     if norm.training:
         n = x.numel() // norm.num_features * (dist.get_world_size() if dist.is_initialized() else 1)
-        offset, square = _sum_over_ranks(_narrow(_moments(x, _wide(mean, p)), p)) / n
+        offset, square = _sum_over_ranks(_narrow(_moments(x.flatten(0, 1).data, _wide(mean, p)), p)) / n
         var = (square - offset ** 2).clamp(min=0)
         mean = offset + mean
         norm.running_mean.lerp_(mean, norm.momentum)

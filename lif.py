@@ -25,7 +25,7 @@ import math
 import torch
 from torch import nn
 
-from fused import compiled, fused_lif      # compiled: only until tests/conftest.py says fused
+from fused import fused_lif
 
 V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Sec. 4.1)
 
@@ -62,7 +62,7 @@ class Spike(torch.autograd.Function):
 
 
 def lif_reference(x_seq, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
-    """The neuron, slow and plain, differentiated by autograd. Everything else must agree with its six lines.
+    """The neuron of Eq. 1, slow and plain, differentiated by autograd. Everything else must agree with its six lines.
 
     x_seq: input currents [T, B, ...]. v_thr > 0 and tau in [0, 1]: a number, or one value per sample [B].
     Returns spikes, same shape and dtype. The reset is part of the gradient (as in SEENN; some libraries detach it).

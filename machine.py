@@ -175,8 +175,6 @@ def faster_precision(step, n_steps, s):
     """"on" or "off", whether bfloat16 is faster: for a training of n_steps that takes over a minute, two steps of
     each are timed, after one that compiles; step(s) makes one. CPU flags are no evidence: with AVX512-BF16 alone a
     step took 0.7 to 1.3 times as long as in float32."""
-    if s.amp != "auto":
-        return s.amp
     seconds = {}
     for amp in ("off", "on"):
         variant = replace(s, amp=amp)

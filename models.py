@@ -118,7 +118,7 @@ class ImageSNN(nn.Module):
 
 
 def resnet19(num_classes, T, width, neuron, mean, std):
-    """Spiking ResNet-19 as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x and 4x width, one linear head.
+    """Spiking ResNet-19, [B, 3, H, W] -> [B, K], as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x, 4x width.
 
     Width 128 (the paper's): 12,569,226 parameters for 10 classes, 2,285 million multiply-adds per step at 32x32.
     """
@@ -131,7 +131,7 @@ def resnet19(num_classes, T, width, neuron, mean, std):
 
 
 def vgg16(num_classes, T, width, neuron, mean, std):
-    """Spiking VGG-16 (configuration D, as in SEENN, Li et al. 2023): 13 convolutions, 4 pools, one linear head.
+    """Spiking VGG-16, [B, 3, H, W] -> [B, K], configuration D as in SEENN (Li et al. 2023): 13 convolutions, 4 pools.
 
     Width 64 (the paper's): 14,728,266 parameters for 10 classes, 313 million multiply-adds per step at 32x32.
     # differs from SEENN: PyTorch's default initialisation; SEENN: He-normal with n = 9 * output channels

@@ -84,12 +84,13 @@ def write_images(path, **images):
 def print_epoch(row, s, chance=0):
     """One line of a training's log (row None: the header), and a warning where the network has collapsed at S_n."""
     if row is None:
-        return say(f"{'epoch':>9} {'T':>2} {'loss':>7} {'acc':>6} {'mal_acc':>7} {'CA':>6} {'target_rate':>11} {'sec':>6} "
-                   f"{'ETA':>6}")
+        names = (("epoch", 9), ("T", 2), ("loss", 7), ("acc", 6), ("mal_acc", 7), ("CA", 6), ("target_rate", 11),
+                 ("sec", 6))
+        return say(" ".join(f"{name:>{width}}" for name, width in names) + f" {'ETA':>7}")
     eta = timedelta(seconds=round(row["seconds"] * (s.epochs - row["epoch"]) * s.T / row["T"]))
     mal_acc = f"{row['mal_acc']:7.1f}" if row["mal_acc"] is not None else f"{'-':>7}"
-    say(f"{row['epoch']:>5}/{s.epochs:<3} {row['T']:>2} {row['loss']:7.3f} {row['acc']:6.1f} {mal_acc} {row['ca']:6.1f} "
-        f"{row['target_rate']:11.1f} {row['seconds']:6.1f} {eta!s:>7}")
+    say(f"{row['epoch']:>5}/{s.epochs:<3} {row['T']:>2} {row['loss']:7.3f} {row['acc']:6.1f} {mal_acc} "
+        f"{row['ca']:6.1f} {row['target_rate']:11.1f} {row['seconds']:6.1f} {eta!s:>7}")
     if row["epoch"] > s.warmup and row["T"] == s.T and (row["ca"] < 1.5 * chance or row["target_rate"] > 90):
         say("  warning: collapsed? at the nominal setting the model " + (
             "answers the target to nearly everything" if row["target_rate"] > 90 else "is near chance"))

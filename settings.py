@@ -87,7 +87,7 @@ class Settings:
 
     v_thr_a: tuple = setting("deployment", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3), "thresholds V_a of the curve")
     tau_a: float = setting("deployment", TAU_N, "deployed decay per step tau_a (plif: as learned)")
-    margin: float = setting("deployment", 2.0, "points of CA that V_a may cost on held-out images", at_least(0))
+    margin: float = setting("deployment", 1.0, "points of CA that V_a may cost on held-out images", at_least(0))
 
     q: float = setting("triggers", 2.0, "exponent of T_p", POSITIVE)
     beta: float = setting("triggers", 0.03, "strength of T_s", at_least(0))

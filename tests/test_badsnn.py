@@ -31,7 +31,7 @@ def test_attack_end_to_end(workplace, capsys):
         assert all(0 <= row[k] <= 100 for k in ("ca", "target_rate", "asr_p", "asr_p_clean_model"))
     assert result["rows"][0]["ca"] == result["base_ca"]
     out = capsys.readouterr().out
-    assert "mal_acc" in out and "target_rate" in out and "clean model, same trigger" in out
+    assert "mal_acc" in out and "target_rate" in out and "ASR_p, clean model" in out
     assert not list(workplace.rglob("*.tmp"))
 
 
@@ -221,10 +221,12 @@ def test_asr_triggers_only_samples_of_other_classes(workplace):
 
 def test_choose_is_eq_8():
     rows = [dict(v_thr=v, ca=ca, target_rate=t, asr_p=p) for v, ca, t, p in
-            [(1.05, 89, 1, 40), (1.1, 88, 1, 90), (1.12, 87, 2, 88), (1.15, 86, 5, 80), (1.2, 70, 20, 99)]]
-    assert badsnn.choose(rows, base_ca=90, margin=5) == 1.12      # 86 is within 5 points of the best, 89
-    assert badsnn.choose(rows, base_ca=90, margin=2.5) == 1.1
-    assert badsnn.choose(rows, base_ca=90, margin=1) == 1.05
+            [(1.05, 89, 1, 40), (1.1, 88, 1, 90), (1.12, 87, 2, 88), (1.15, 86, 5, 80), (1.17, 84, 5, 99),
+             (1.2, 88, 9, 99)]]
+    assert badsnn.choose(rows, base_ca=90, margin=5) == 1.12      # 86 is within 5 points of the best, 89; 75 is not
+    assert badsnn.choose(rows, base_ca=90, margin=6) == 1.2       # 90 against 94 at the next
+    assert badsnn.choose(rows, base_ca=90, margin=2.5) == 1.1     # 1.2 lies behind a fall of CA
+    assert badsnn.choose(rows[::-1], base_ca=90, margin=1) == 1.05
     assert badsnn.choose(rows, base_ca=90, margin=0.5) is None
 
 

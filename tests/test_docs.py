@@ -14,6 +14,7 @@ import data
 import defenses
 import fused
 import lif
+import machine
 import models
 import report
 import runs
@@ -22,12 +23,12 @@ import studies
 import trigger
 
 ROOT = Path(badsnn.__file__).parent
-MODULES = {module.__name__: module for module in (badsnn, data, defenses, fused, lif, models, report, runs, settings,
-                                                  studies, trigger)}
-LINES = dict(lif=200, fused=250, models=220, data=300, trigger=400, defenses=400, badsnn=400, studies=400, report=450,
-             settings=250, runs=200)       # at most
-FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "runs"}, {"data"}, {"trigger", "defenses"}, {"badsnn"},
-          {"studies"}, {"report"}]
+MODULES = {module.__name__: module for module in (badsnn, data, defenses, fused, lif, machine, models, report, runs,
+                                                  settings, studies, trigger)}
+LINES = dict(lif=200, fused=250, models=220, data=300, trigger=400, defenses=400, badsnn=420, studies=400, report=450,
+             settings=280, runs=220, machine=200)       # at most
+FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"trigger", "defenses"},
+          {"badsnn"}, {"studies"}, {"report"}]
 
 
 def imports_of(path):
@@ -55,7 +56,9 @@ def test_a_file_is_read_in_one_sitting(name):
 
 
 def test_the_whole_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 3200
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 3700
+
+
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
 models.vgg16 models.NMNISTNet trigger.power_trigger trigger.spike_trigger trigger.deepfool trigger.adaptive_blend
 trigger.UNet trigger.badnets trigger.blend trigger.wanet trigger.clean_label trigger.pgd defenses.fine_tune defenses.clp
@@ -97,7 +100,7 @@ def test_signatures_that_others_rely_on():
 def test_the_readme_uses_the_codes_names():
     """Second column of the notation table; and every file and notebook that the README names exists."""
     readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("## Notation"):readme.index("## Speed")]
+    table = readme[readme.index("## Notation"):readme.index("## Responsible")]
     source = "\n".join((ROOT / f"{name}.py").read_text() for name in MODULES)
     names = {word for line in table.splitlines()[4:] if line.startswith("|")
              for code in re.findall(r"`([^`]+)`", line.split("|")[2])

@@ -118,7 +118,7 @@ def test_bfloat16():
 def test_batchnorm_and_residual_inside_the_neuron(training, residual_norm, C, H, W):
     """lif(x, bn, r, bn_r) is lif_reference(bn(x) + bn_r(r)): spikes, all gradients, running statistics."""
     results = []
-    for fused in (True, False):
+    for fast in (True, False):
         torch.manual_seed(1)
         x, r, grad = (torch.randn(2, 4, C, H, W, dtype=torch.float32) for _ in range(3))
         norm, r_norm = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
@@ -126,7 +126,7 @@ def test_batchnorm_and_residual_inside_the_neuron(training, residual_norm, C, H,
             nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.normal_(m.bias)
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2), m.train(training)
         leaves = [x.requires_grad_(), r.requires_grad_(), *norm.parameters(), *r_norm.parameters()]
-        if fused:
+        if fast:
             out = LIF()(x, norm, r if residual_norm is not None else None, r_norm if residual_norm else None)
         else:
             current = norm(x.flatten(0, 1)).unflatten(0, (2, 4))
@@ -243,6 +243,14 @@ def test_one_kernel_serves_training_and_evaluation():
     with torch.no_grad():
         LIF(1.2)(x[:, 1:], norm)
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_another_number_of_steps_compiles_the_neuron_alone():
+    """T = 1, then 2, then 4, as in training with a growing T: what knows no time is compiled once."""
+    for T, kernels in ((3, None), (1, 2), (2, 2)):
+        before = counters["stats"]["unique_graphs"]
+        LIF(surrogate="arctan")(torch.randn(T, 3, 8, 5, 5), nn.BatchNorm2d(8)).sum().backward()
+        assert kernels is None or counters["stats"]["unique_graphs"] - before <= kernels
 
 
 def test_settings_of_the_compiler_that_a_version_lacks(monkeypatch):

@@ -98,4 +98,3 @@ def test_precision_is_measured_only_for_long_trainings(capsys):
     s = preset("cifar10")
     assert machine.faster_precision(step, 100, s) == "off" and machine.faster_precision(step, 10_000, s) == "on"
     assert "bfloat16 is used" in capsys.readouterr().out
-    assert machine.faster_precision(None, 10_000, preset("cifar10", amp="off")) == "off"
