@@ -11,8 +11,7 @@ changed and no label either. The victim checks the accuracy and uses the network
     python badsnn.py story                          one attack, and what stops it, in minutes
     python badsnn.py attack --dataset digits        Table 1's row of a data set, with the controls that the paper lacks
     python badsnn.py defend --dataset digits        Table 2's rows: five attacks, five defences, and the free one
-    python badsnn.py ablate --study threshold       Figs. 2, 3, 4 and 6
-    python badsnn.py report                         figures and tables from the results
+    python badsnn.py ablate --study threshold       Figs. 2, 3, 4 and 6; then: report, figures and tables from the results
 
 Metrics, in percent. CA: accuracy on clean test samples. ASR: share of triggered test samples predicted as the target.
 target_rate: the same share without any trigger. Both leave out samples whose true class is the target, and an ASR means
@@ -169,12 +168,11 @@ def fresh_model(data, s):
 
 
 def train_job(s, attack):
-    """train() in a process of its own: the model is left in s.runs, where train() finds it."""
     train(datasets.load_for(s), s, attack)
 
 
 def train_side_by_side(s, wanted):
-    """Trains models [(settings, attack), ...] on all free cores."""
+    """Trains models [(settings, attack), ...] on all free cores and leaves them in s.runs, where train() finds them."""
     names = [f"{attack or 'clean'}, seed {variant.seed}" for variant, attack in wanted]
     machine.side_by_side(train_job, wanted, s, names)
 
@@ -239,36 +237,38 @@ def train_trigger(model, data, s, v_thr_a):
     DeepFool, the blending's labels and, with --adversarial-setting S_a, the adversarial loss see the model at S_a.
     # differs from the paper: Eq. 6 says S_n for that loss; at S_n a backdoored model hardly ever answers the target
     """
-    x_train, y_train = hold_out(data, s.hold_out)[0].x_train, hold_out(data, s.hold_out)[0].y_train
-    other = (y_train != s.target).nonzero().flatten()
+    part, held = hold_out(data, s.hold_out)
+    other = (part.y_train != s.target).nonzero().flatten()
     chosen = other[torch.randperm(len(other), generator=runs.generator(s.seed, "images of T_o"))[:s.n_o]]
-    x, started = to_float(x_train[chosen].to(s.device), s), time.time()
+    x, started = to_float(part.x_train[chosen].to(s.device), s), time.time()
     torch.manual_seed(s.seed)
     unet = trigger.UNet(data.num_classes, tuple(x.shape[2:])).to(s.device)
-    decides = {k: v for k, v in s.of("triggers").items() if k not in ("beta", "magnitude")}
-    config = dict(decides, name="trigger T_o", dataset=data.name, seed=s.seed, target=s.target, v_thr_a=v_thr_a,
-                  tau_a=s.tau_a, inputs=fingerprint(model, x, runs.code_of(lif, fused, models, trigger, train_trigger)))
+    code = runs.code_of(lif, fused, models, trigger, train_trigger)
+    config = dict(s.of("triggers"), name="trigger T_o", dataset=data.name, seed=s.seed, target=s.target, tau_a=s.tau_a,
+                  v_thr_a=v_thr_a, inputs=fingerprint(model, x, held.x_test, code))
     path = runs.checkpoint_path(config, s)
-    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target, magnitude=s.magnitude)
-    state = runs.read_checkpoint(path, config, s, unet=unet)
+    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target)
+    state = runs.read_checkpoint(path, config, s, unet=unet.eval())
     if state:
-        unet.eval()
-        return t_o if state["measured"]["n_blended"] else None, state["measured"]
+        measured = state["measured"]
+        return (partial(t_o, magnitude=measured["magnitude"]) if measured["n_blended"] else None), measured
     with neurons(model, v_thr_a, s.tau_a):
         kept, wanted = trigger.wanted_perturbations(model, x, s.q, data.mean, data.std, s.target)
-    measured = dict(n_images=len(x), n_blended=len(kept), losses=None)
+    measured = dict(n_images=len(x), n_blended=len(kept), losses=None, magnitude=s.magnitude)
     if len(kept):
         at = (v_thr_a, s.tau_a) if s.adversarial_setting == "S_a" else (V_THR_N, TAU_N)
         with neurons(model, *at):
             measured["losses"] = trigger.train_unet(unet, model, kept, wanted, s.target, data.std, s.lambdas,
                                                     s.epochs_o, seed=s.seed)
-        sim, adv, wmse = measured["losses"][-1]
-        say(f"trigger T_o, seed {s.seed}: {len(kept)} of {len(x)} training images blended at v_thr {v_thr_a:g}; U-Net: "
-            f"L_sim {sim:.2f}, L_adv {adv:.2f}, L_wmse {wmse:.3f}; {time.time() - started:.0f} s")
-    else:
-        say(f"trigger T_o, seed {s.seed}: none of {len(x)} training images could be blended into the target; left out")
+        if s.magnitude is None:         # the least visible T_o that works on held-out images, or the strongest
+            grid = [m / 20 for m in range(10, 21)]
+            works = (asr(model, held, s, v_thr_a, s.tau_a, partial(t_o, magnitude=m)) >= 96 for m in grid)
+            measured["magnitude"] = next((m for m, good in zip(grid, works) if good), 1.0)
+    losses = [round(loss, 3) for loss in measured["losses"][-1]] if len(kept) else "no U-Net, so no T_o"
+    say(f"trigger T_o, seed {s.seed}: {len(kept)} of {len(x)} training images blended at v_thr {v_thr_a:g}; L_sim, "
+        f"L_adv, L_wmse {losses}; m {measured['magnitude']}; {time.time() - started:.0f} s")
     runs.write_checkpoint(path, config, unet=unet, measured=measured)
-    return t_o if len(kept) else None, measured
+    return (partial(t_o, magnitude=measured["magnitude"]) if len(kept) else None), measured
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -276,10 +276,12 @@ def train_trigger(model, data, s, v_thr_a):
 
 def choose(rows, base_ca, margin):
     """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going up from the smallest
-    V_a until CA falls below base_ca - margin: the largest of these whose ASR_p - target_rate is within 5 points of the
-    best. (The nearer to V_t, the less T_o has to change.) None if CA is too low from the start."""
+    V_a until CA is more than margin below the best CA, base_ca included: the largest of these whose ASR_p - target_rate
+    is within 5 points of the best. (The nearer to V_t, the less T_o must change.) None if CA is too low from the start.
+    """
     rows = sorted(rows, key=lambda row: row["v_thr"])
-    fit = list(itertools.takewhile(lambda row: row["ca"] >= base_ca - margin, rows))
+    least = max(base_ca, *(row["ca"] for row in rows)) - margin
+    fit = list(itertools.takewhile(lambda row: row["ca"] >= least, rows))
     best = max((row["asr_p"] - row["target_rate"] for row in fit), default=0)
     return max((row["v_thr"] for row in fit if row["asr_p"] - row["target_rate"] >= best - 5), default=None)
 

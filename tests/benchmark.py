@@ -429,7 +429,7 @@ def summary(r, best):
     for dtype in DTYPES:
         for who, title in (("ours", "a training step"), ("spikingjelly", "SpikingJelly's training step")):
             if all(f"train {who} {dtype}" in t for t in steps):
-                lines[f"{title} against its convolutions alone, {dtype}"] = both(
+                lines[f"{title} against the convolutions alone, {dtype}"] = both(
                     lambda t: f"{t[f'train {who} {dtype}'] / t[f'convolutions ours {dtype}']:.2f}x", steps)
     if all("train spikingjelly float32" in step for step in steps):
         lines["the most that could be: SpikingJelly's step against our convolutions alone"] = both(

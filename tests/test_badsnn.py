@@ -227,6 +227,7 @@ def test_choose_is_eq_8():
     assert badsnn.choose(rows, base_ca=90, margin=6) == 1.2       # 90 against 94 at the next
     assert badsnn.choose(rows, base_ca=90, margin=2.5) == 1.1     # 1.2 lies behind a fall of CA
     assert badsnn.choose(rows[::-1], base_ca=90, margin=1) == 1.05
+    assert badsnn.choose(rows, base_ca=80, margin=1) == 1.1       # the best CA of the rows counts, 89
     assert badsnn.choose(rows, base_ca=90, margin=0.5) is None
 
 

@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 from lif import LIF, PLIF, SURROGATES, Spike, count_spikes, lif_reference, neurons
 
-
 # By hand, v_thr = 1, tau = 0.5. v before the reset: 0.6 | 0.3+0.6=0.9 | 0.45+0.6=1.05 -> spike, 0 | 0.4 |
 # 0.2+0.8=1.0 -> spike (>=), 0 | -1.0 | -0.5+1.4=0.9 | 0.45+0.5=0.95
 GOLDEN_X = [0.6, 0.6, 0.6, 0.4, 0.8, -1.0, 1.4, 0.5]

@@ -1,9 +1,11 @@
 """Table 2 and the studies: every cell and row, kept and not run again."""
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common import TINY, attack
+import pytest
+from common import TINY, attack, prepared, refused
 
 import badsnn
 import settings
@@ -55,11 +57,13 @@ def test_defend(workplace, capsys, monkeypatch):
     result = json.loads(Path("runs/results/digits/defend.json").read_text())
     assert [(row["attack"], row["defense"]) for row in result["rows"]] == [
         (attack, defense) for attack in ("badsnn", *settings.ATTACKS) for defense in studies.DEFENSES]
-    assert result["n_defender"] == 100                       # 10 per class, not 5 % of 200
+    assert result["n_defender"] == 80                        # of every class half of what the smallest has
     for row in result["rows"]:
         assert {"v_thr", "ca", "asr", "target_rate", "destroyed"} <= set(row) and 0 <= row["asr"] <= 100
-        assert row["v_thr"] == (1.15 if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
+        assert row["v_thr"] == (result["v_thr_d"] if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
         assert ("asr_clean_model" in row) == (row["defense"] == "none")
+        assert ("restored" in row) == (row["attack"] == "badsnn")
+        assert (row["pruned"] is not None) == (row["defense"] in ("clp", "anp"))
     assert {d["attack"] for d in result["detectors"]} == {"badsnn", *settings.ATTACKS}
     assert all(0 <= d[key] <= 1 for d in result["detectors"] for key in ("strip_auroc", "spikes_auroc"))
     assert "defense" in capsys.readouterr().out
@@ -71,3 +75,30 @@ def test_defend(workplace, capsys, monkeypatch):
     badsnn.main([*arguments, "--attacks", "badnets"])
     rows = json.loads(Path("runs/results/digits/defend.json").read_text())["rows"]
     assert {row["attack"] for row in rows} == {"badnets"}
+
+
+def test_the_defenders_images_are_drawn_per_class_and_never_scored(workplace):
+    data, s = prepared()
+    x, y, scored = studies.split_test(data, s)
+    assert y.bincount(minlength=10).unique().numel() == 1 and len(y) + len(scored.y_test) == len(data.y_test)
+    seen = {tuple(image.flatten().tolist()) for image in x.mul(255).round().byte()}
+    assert not seen & {tuple(image.flatten().tolist()) for image in scored.x_test}
+    tiny = replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
+    with pytest.raises(ValueError, match="--n-test"):
+        studies.split_test(tiny, s)
+
+
+def test_defend_refuses_too_few_test_images(workplace, capsys):
+    for n in ("1", "2"):
+        assert "--n-test" in refused(capsys, "defend", *TINY, "--n-test", n)
+
+
+def test_story(workplace, capsys):
+    """The whole story: table, five sentences, times, and the figure."""
+    badsnn.main(["story", *TINY, "--epochs", "1", "--n-test", "200"])
+    told = json.loads(Path("runs/results/digits/story.json").read_text())
+    assert [row["answer"] for row in told["rows"]] == ["none", "restore", "fine_tune"]
+    assert all(0 <= row[key] <= 100 for row in told["rows"] for key in ("ca", "target_rate", "asr_p"))
+    assert set(told["scan"]) == {"backdoored", "clean"} and 0 <= told["scan"]["clean"]["score"] <= 1
+    assert told["rows"][1]["target_rate"] <= 100 and Path("runs/results/digits/story.png").stat().st_size > 10_000
+    assert "Where the time went" in capsys.readouterr().out
