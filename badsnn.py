@@ -11,7 +11,7 @@ changed and no label either. The victim checks the accuracy and uses the network
     python badsnn.py story                          one attack, and what stops it, in minutes
     python badsnn.py attack --dataset digits        Table 1's row of a data set, with the controls that the paper lacks
     python badsnn.py defend --dataset digits        Table 2's rows: five attacks, five defences, and the free one
-    python badsnn.py ablate --study threshold       Figs. 2, 3, 4 and 6; then: report, figures and tables from the results
+    python badsnn.py ablate --study threshold       Figs. 2, 3, 4 and 6; report: figures and tables of the results
 
 Metrics, in percent. CA: accuracy on clean test samples. ASR: share of triggered test samples predicted as the target.
 target_rate: the same share without any trigger. Both leave out samples whose true class is the target, and an ASR means
@@ -182,7 +182,8 @@ def train_side_by_side(s, wanted):
 
 @torch.no_grad()        # not inference_mode, whose tensors would have every kernel of the neuron compiled once more
 def predict(model, x, s, v_thr, tau, trigger_of=None):
-    """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked."""
+    """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked; -1
+    where all outputs are equal: a silent event network says nothing, and argmax would call that class 0."""
     model.eval()
     classes = []
     with neurons(model, v_thr, tau), autocast(s):
@@ -192,7 +193,8 @@ def predict(model, x, s, v_thr, tau, trigger_of=None):
                 with torch.autocast(torch.device(s.device).type, enabled=False):
                     inputs = trigger_of(clean)
                 trigger.check_trigger(clean, inputs)
-            classes.append(model(inputs).argmax(1).cpu())
+            outputs = model(inputs)
+            classes.append(outputs.argmax(1).where(outputs.amax(1) > outputs.amin(1), -1).cpu())
     return torch.cat(classes)
 
 

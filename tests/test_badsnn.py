@@ -205,6 +205,20 @@ def test_choices_never_see_the_test_set(workplace, monkeypatch):
     assert found[0] == found[1]
 
 
+def test_a_silent_network_answers_nothing(workplace):
+    """All outputs equal: not class 0, which is the target."""
+    data, s = prepared()
+
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            outputs = torch.zeros(len(x), 10)
+            outputs[0, 4] = 1
+            return outputs
+    guess = badsnn.predict(Silent(), data.x_test[:5], s, 1.0, 0.5)
+    assert guess.tolist() == [4, -1, -1, -1, -1]
+    assert badsnn.asr(Silent(), data, s, 1.0, 0.5, lambda x: x) == 0
+
+
 def test_attack_success_rate_leaves_out_the_target_class():
     guess, labels = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 0, 1, 1, 2])
     assert badsnn.attack_success_rate(guess, labels, target=0) == pytest.approx(33.33)

@@ -25,7 +25,7 @@ import trigger
 ROOT = Path(badsnn.__file__).parent
 MODULES = {module.__name__: module for module in (badsnn, data, defenses, fused, lif, machine, models, report, runs,
                                                   settings, studies, trigger)}
-LINES = dict(lif=200, fused=250, models=220, data=300, trigger=400, defenses=400, badsnn=420, studies=400, report=450,
+LINES = dict(lif=200, fused=250, models=220, data=300, trigger=400, defenses=400, badsnn=425, studies=400, report=450,
              settings=280, runs=220, machine=200)       # at most
 FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"trigger", "defenses"},
           {"badsnn"}, {"studies"}, {"report"}]
