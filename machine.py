@@ -23,6 +23,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm.auto import tqdm
 
 # ---------------------------------------------------------------------------------------------------------
 # Several models side by side
@@ -58,22 +59,23 @@ def side_by_side(function, jobs, s, names=None):
                  for name, job in zip(names or map(str, range(len(jobs))), jobs)]
         results = [task.result() for task in tasks]
         pool.shutdown()
+        lines.put(None)         # only now: a worker that was killed may have taken the queue's lock with it
+        printer.join()
         return results
     except BrokenProcessPool:
         raise ValueError("a process that trained a model was killed (out of memory?); the same command goes on after "
                          "the last finished epoch") from None
     finally:
-        for process in (pool._processes or {}).values():        # after an error or Ctrl-C they would train on
+        for process in list((pool._processes or {}).values()):  # after an error or Ctrl-C they would train on
             process.kill()
         pool.shutdown(cancel_futures=True)
-        lines.put(None)
-        printer.join()
 
 
 def _start_worker(lines, parent, threads):
     """Ctrl-C is the parent's business; the end of the parent, kill -9 included, is the end of this process."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())        # its default is a semaphore, which a killed process would leave behind
     _worker.update(lines=lines, name="")
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)       # PR_SET_PDEATHSIG, at once; elsewhere see below

@@ -1,4 +1,5 @@
 """Processes side by side: the same results, one display, clear errors, and nothing that outlives its parent."""
+import json
 import os
 import signal
 import subprocess
@@ -53,27 +54,42 @@ def test_a_killed_worker_is_said_in_one_line():
         machine.side_by_side(die, [(1,), (2,)], preset("digits", processes=2))
 
 
-def test_kill_9_of_the_parent_leaves_no_orphan(workplace):
+def command(folder):
+    tiny = "--processes 2 --n-train 100 --n-test 60 --poison-ratio 0.5 --n-o 10 --epochs 4 --v-thr-a 1.1".split()
+    return [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, *tiny, "--runs", folder, "--results",
+            f"{folder}/results"]
+
+
+@pytest.mark.parametrize("victim", ["parent killed", "child killed", "Ctrl-C"])
+def test_stopped_at_any_moment_it_leaves_no_orphan_and_goes_on(workplace, victim):
     """... and the same command then ends with the result of an undisturbed run."""
-    def command(folder):
-        return [sys.executable, str(ROOT / "badsnn.py"), "attack", *TINY, "--processes", "2", "--epochs", "3",
-                "--v-thr-a", "1.1", "--runs", folder, "--results", f"{folder}/results"]
-    parent = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(command("stopped"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not list(Path("killed").glob("digits/*.pt")) and time.time() < deadline:
-        time.sleep(0.1)
+    while not list(Path("stopped").glob("digits/*.pt")) and time.time() < deadline:
+        time.sleep(0.05)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    time.sleep(3)
-    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
-    assert not list(Path("killed").rglob("*.tmp")) or not Path("killed/results").exists()
-    for folder in ("killed", "whole"):
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    if victim == "child killed":
+        os.kill(int(workers[0]), signal.SIGKILL)
+    else:
+        parent.send_signal(signal.SIGINT if victim == "Ctrl-C" else signal.SIGKILL)
+    said = parent.communicate(timeout=60)[1].strip()
+    time.sleep(2)
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert parent.returncode == {"parent killed": -9, "child killed": 2, "Ctrl-C": 1}[victim]
+    if victim != "parent killed":
+        assert said.splitlines()[-1].startswith("badsnn: ") and "goes on after the last" in said and "Trace" not in said
+    assert not Path("stopped/results").exists()
+    for folder in ("stopped", "whole"):
         assert subprocess.run(command(folder), capture_output=True).returncode == 0
-    texts = [Path(folder, "results/digits/attack.json").read_text() for folder in ("killed", "whole")]
-    without_times = [[line for line in text.splitlines() if "seconds" not in line and not line.strip().rstrip(",")
-                      .replace(".", "").isdigit()] for text in texts]
-    assert without_times[0] == without_times[1]
+    assert not list(workplace.rglob("*.tmp")) or victim == "parent killed"
+    texts = [Path(folder, "results/digits/attack.json").read_text() for folder in ("stopped", "whole")]
+    results = [json.loads(text) for text in texts]
+    for result in results:
+        result.pop("seconds")
+        for one in result["runs"]:
+            one.pop("training_seconds")
+    assert results[0] == results[1]
 
 
 def test_three_equal_commands_at_once_all_finish(workplace):
