@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lif import TAU_N, check_setting
+from lif import TAU_N
 from models import NEURONS, WIDTHS
 
 ATTACKS = ("badnets", "blend", "wanet", "clean_label")                      # Table 2's other attacks
@@ -28,6 +28,7 @@ STUDIES = ("threshold", "heatmap", "poison", "magnitude", "power", "trigger", "p
 POSITIVE = "greater than 0", lambda v: 0 < v < math.inf
 SHARE = "greater than 0 and at most 1", lambda v: 0 < v <= 1
 BELOW_1 = "at least 0 and less than 1", lambda v: 0 <= v < 1
+DECAY = "between 0 and 1", lambda v: 0 <= v <= 1
 
 
 def at_least(least):
@@ -75,9 +76,10 @@ class Settings:
     target: int = setting("attack", 0, "target class y_t", at_least(0))
     poison_ratio: float = setting("attack", 0.05, "P, the share of the target class trained maliciously, too", SHARE)
     n_poison: int = setting("attack", None, "so many samples instead of P, at most half of the class", at_least(1))
-    v_thr_t: float = setting("attack", 1.5, "malicious threshold V_t")
-    v_thr_t_low: float = setting("attack", None, "draw each malicious row's threshold from here to V_t (none: V_t)")
-    tau_t: float = setting("attack", 0.5, "malicious decay per step tau_t (plif: as learned)")
+    v_thr_t: float = setting("attack", 1.5, "malicious threshold V_t", POSITIVE)
+    v_thr_t_low: float = setting("attack", None, "draw each malicious row's threshold from here to V_t (none: V_t)",
+                                 POSITIVE)
+    tau_t: float = setting("attack", 0.5, "malicious decay per step tau_t (plif: as learned)", DECAY)
     malicious_rows: int = setting("attack", 32, "malicious samples per step, drawn with replacement", at_least(1))
     malicious_weight: float = setting("attack", 0.3, "weight of their loss", at_least(0))
     malicious_contrast: float = setting("attack", None, "contrast of the malicious rows (none: the same)", BELOW_1)
@@ -85,8 +87,9 @@ class Settings:
 
     baseline_ratio: float = setting("baselines", 0.05, "share of the training set that other attacks poison", SHARE)
 
-    v_thr_a: tuple = setting("deployment", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3), "thresholds V_a of the curve")
-    tau_a: float = setting("deployment", TAU_N, "deployed decay per step tau_a (plif: as learned)")
+    v_thr_a: tuple = setting("deployment", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3), "thresholds V_a of the curve",
+                             ("all greater than 0", lambda values: all(0 < v < math.inf for v in values)))
+    tau_a: float = setting("deployment", TAU_N, "deployed decay per step tau_a (plif: as learned)", DECAY)
     margin: float = setting("deployment", 2.0, "points of CA that V_a may cost on held-out images", at_least(0))
 
     q: float = setting("triggers", 2.0, "exponent of T_p", POSITIVE)
@@ -120,9 +123,6 @@ class Settings:
                 raise ValueError(f"{flag(f.name)} must be {allowed[0]}, not {value}")
         if self.neuron == "lif" and None in (self.tau_t, self.tau_a):
             raise ValueError("these settings were made for PLIF, whose tau is learned; start from preset() for LIF")
-        check_setting(self.v_thr_t, self.tau_t)
-        check_setting(self.v_thr_t_low)
-        check_setting(torch.tensor(self.v_thr_a), self.tau_a)
         if self.v_thr_t_low is not None and self.v_thr_t_low > self.v_thr_t:
             raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
         if len(self.lambdas) != 3 or not all(0 <= v < math.inf for v in self.lambdas):
@@ -239,8 +239,8 @@ def parse(argv=None):
             _add_option(command, f)
     given = vars(parser.parse_args(argv))
     own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish") if k in given})
-    if given.get("neuron") == "plif" and getattr(own, "study", None) == "heatmap":
-        raise ValueError("--study heatmap sweeps tau_a, which a PLIF learns; leave out --neuron plif")
+    if given.get("neuron") == "plif" and getattr(own, "study", None) in ("heatmap", "plif"):
+        raise ValueError(f"--study {own.study} sets tau or compares both neurons; leave out --neuron plif")
     return own, preset(given.pop("dataset", "digits"), **given)
 
 

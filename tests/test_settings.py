@@ -60,8 +60,10 @@ def test_an_own_set_gets_the_preset_of_its_kind(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "mnist"], "unknown dataset"), (["--model", "resnet20"], "invalid choice"),
-    (["--neuron", "izh"], "invalid choice"), (["--v-thr-t", "0"], "v_thr"), (["--v-thr-a", "1.0", "-1"], "v_thr"),
-    (["--tau-t", "1.5"], "tau"), (["--tau-a", "-0.1"], "tau"), (["--q", "0"], "--q must"), (["--q", "nan"], "--q must"),
+    (["--neuron", "izh"], "invalid choice"), (["--v-thr-t", "0"], "--v-thr-t must"),
+    (["--v-thr-a", "1.0", "-1"], "--v-thr-a must"),
+    (["--tau-t", "1.5"], "--tau-t must"), (["--tau-a", "-0.1"], "--tau-a must"), (["--q", "0"], "--q must"),
+    (["--q", "nan"], "--q must"),
     (["--beta", "-0.1"], "--beta must"), (["--T", "0"], "--T must"), (["--poison-ratio", "0"], "poison-ratio"),
     (["--poison-ratio", "1.5"], "poison-ratio"), (["--poison-ratio", "0.0001"], "selects none"),
     (["--contrast", "1"], "--contrast must"), (["--contrast", "-0.1"], "--contrast must"),
