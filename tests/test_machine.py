@@ -63,7 +63,8 @@ def command(folder):
 @pytest.mark.parametrize("victim", ["parent killed", "child killed", "Ctrl-C"])
 def test_stopped_at_any_moment_it_leaves_no_orphan_and_goes_on(workplace, victim):
     """... and the same command then ends with the result of an undisturbed run."""
-    parent = subprocess.Popen(command("stopped"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(command("stopped"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # nohup ignores it
     deadline = time.time() + 120
     while not list(Path("stopped").glob("digits/*.pt")) and time.time() < deadline:
         time.sleep(0.05)
