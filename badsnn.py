@@ -56,7 +56,7 @@ def train(data, s, attack=None):
     is skipped. Raises ValueError, also where training diverges.
     """
     name = {None: "clean model", "badsnn": "backdoored model"}.get(attack, f"{attack} model")
-    reference = train(data, s) if attack == "clean_label" else None
+    reference = train(data, replace(s, fresh=False)) if attack == "clean_label" else None
     if attack in settings.ATTACKS:      # a mark as faint as Blended's is not learned from images that lose contrast
         s = replace(s, contrast=0.0)
     data, held = hold_out(data, s.hold_out)
@@ -305,7 +305,8 @@ def attack(data, s):
         started, variants = time.time(), [replace(s, seed=seed) for seed in range(s.seed, s.seed + s.seeds)]
         train_side_by_side(s, [(variant, kind) for variant in variants for kind in (None, "badsnn")])
         names = [f"seed {variant.seed}" for variant in variants]
-        of_seeds = machine.side_by_side(attack_seed, [(variant,) for variant in variants], s, names)
+        jobs = [(replace(variant, fresh=False),) for variant in variants]       # --fresh trained them a moment ago
+        of_seeds = machine.side_by_side(attack_seed, jobs, s, names)
         mean, chosen = runs.mean_of(of_seeds), [one["at_chosen"] for one in of_seeds]
         return dict(describe(data, s), n_poison=of_seeds[0]["n_poison"], clean_ca=mean["clean_ca"],
                     base_ca=mean["base_ca"], chosen=runs.mean_of(chosen)["v_thr"], at_chosen=runs.mean_of(chosen),

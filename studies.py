@@ -57,9 +57,9 @@ def split_test(data, s, per_class=10):
 def story(data, s):
     """The attack, and on its first seed three answers of a defender: the threshold set back, fine-tuning, and the
     threshold scan, which looks at the shipped model before it is used. Writes story.json and returns it."""
-    started = time.time()
+    started, fresh = time.time(), s.fresh
     result, _ = badsnn.attack(data, s)
-    attacked, first = time.time(), result["runs"][0]
+    s, attacked, first = replace(s, fresh=False), time.time(), result["runs"][0]    # its models are there now
 
     def run():
         clean, model = train(data, s), train(data, s, "badsnn")
@@ -79,7 +79,7 @@ def story(data, s):
                     curve=first["rows"],
                     scan={name: dict(score=r["score"], accused=r["accused"]) for name, r in scan.items()})
     deciders = dict(s.of(), inputs=fingerprint(*all_of(data), result["made_from"], runs.code_of(*CODE)))
-    told, _ = runs.kept(runs.folder_of(data, s) / "story.json", deciders, run, s.fresh)
+    told, _ = runs.kept(runs.folder_of(data, s) / "story.json", deciders, run, fresh)
     trained = sum(max(one["training_seconds"]) for one in result["runs"])
     return dict(told, phases={"training, the longer of two side by side": round(trained), "attack, all of it":
                               round(attacked - started), "answers of the defender": round(time.time() - attacked)})
@@ -120,7 +120,7 @@ def defend(data, s, attacks=("badsnn", *settings.ATTACKS)):
     x, y, scored = split_test(data, s)
     badsnn.train_side_by_side(s, [(s, None), *[(s, "badsnn") for name in attacks if name == "badsnn"]])
     parts = machine.side_by_side(defend_attack, [(s, name) for name in attacks], s, list(attacks))
-    clean, rows = train(data, s), [row for part in parts for row in part["rows"]]
+    clean, rows = train(data, replace(s, fresh=False)), [row for part in parts for row in part["rows"]]
     say("\nASR: T_o's for badsnn where there is one, else T_p's. ASR and target_rate: percent predicted as the target, "
         "with and without the trigger.")
     result = dict(badsnn.describe(data, s), n_defender=len(y),
@@ -136,7 +136,8 @@ def defend_attack(s, attack):
     """Table 2's rows of one attack: rows, detectors, and the seconds that training and defences took."""
     data = datasets.load_for(s)
     x, y, scored = split_test(data, s)
-    clean, model = train(data, s), train(data, s, attack)
+    trained = replace(s, fresh=False)           # defend() has just trained these two
+    clean, model = train(data, trained), train(data, trained if attack == "badsnn" else s, attack)
     seconds = sum(epoch["seconds"] for epoch in model.history)
     v_thr, tau, triggers = V_THR_N, TAU_N, None
     if attack == "badsnn":

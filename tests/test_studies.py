@@ -102,3 +102,15 @@ def test_story(workplace, capsys):
     assert set(told["scan"]) == {"backdoored", "clean"} and 0 <= told["scan"]["clean"]["score"] <= 1
     assert told["rows"][1]["target_rate"] <= 100 and Path("runs/results/digits/story.png").stat().st_size > 10_000
     assert "Where the time went" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command, models", [("attack", 2), ("story", 2), ("defend", 3)])
+def test_fresh_trains_every_model_once(workplace, capsys, monkeypatch, command, models):
+    monkeypatch.setattr(studies, "DEFENSES", {"none": studies.DEFENSES["none"]})
+    monkeypatch.setattr(trigger, "pgd", partial(trigger.pgd, steps=2))
+    tiny = [command, *TINY, "--epochs", "1", "--n-test", "200"]
+    tiny += ["--attacks", "badsnn", "clean_label"] if command == "defend" else []
+    badsnn.main(tiny)
+    capsys.readouterr()
+    badsnn.main([*tiny, "--fresh"])
+    assert capsys.readouterr().out.count(" parameters, ") == models
