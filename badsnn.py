@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+import baselines
 import data as datasets
 import fused
 import lif
@@ -41,7 +42,7 @@ from machine import autocast, say
 from models import build_model
 from runs import fingerprint
 
-CODE = (lif, fused, models, datasets, trigger, sys.modules[__name__])       # what decides the results of this file
+CODE = (lif, fused, models, datasets, baselines, trigger, sys.modules[__name__])    # what decides this file's results
 
 # ---------------------------------------------------------------------------------------------------------
 # 3.3.1  Backdoor training
@@ -62,7 +63,7 @@ def train(data, s, attack=None):
     data, held = hold_out(data, s.hold_out)
     model = fresh_model(data, s)
     if attack == "wanet":               # the warp is saved with the weights
-        model.register_buffer("field", trigger.wanet_field(data.x_train.shape[2:], seed=s.seed).to(s.device))
+        model.register_buffer("field", baselines.wanet_field(data.x_train.shape[2:], seed=s.seed).to(s.device))
     steps = max(1, len(data.y_train) // s.batch_size)
     if s.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), s.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -71,7 +72,7 @@ def train(data, s, attack=None):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.epochs * steps, pct_start=0.15,
                                                    cycle_momentum=False)
     own = {"badsnn": ["attack"], None: []}.get(attack, ["baselines"])
-    code = runs.code_of(lif, fused, models, augment, trigger, train, criterion, steps_in)
+    code = runs.code_of(lif, fused, models, augment, baselines, train, criterion, steps_in)
     config = dict(s.of("network", "training", *own), name=name, dataset=data.name, frames=s.frames,
                   target=s.target if attack else None,
                   inputs=fingerprint(data.x_train, data.y_train, held.x_test, model, reference, code))
@@ -81,7 +82,7 @@ def train(data, s, attack=None):
     if len(history) == s.epochs:
         say(f"{name}, seed {s.seed}: finished earlier, read from {path}")
         return model
-    x_train, y_train, note = trigger.poison(data, s, attack, reference)
+    x_train, y_train, note = baselines.poison(data, s, attack, reference)
     malicious = None                                                     # D_t^p
     if attack == "badsnn":
         malicious = poison_indices(y_train, s.target, s.poison_ratio, s.seed, s.n_poison)
@@ -110,7 +111,7 @@ def train(data, s, attack=None):
             rows, n = torch.cat([nominal, drawn]).to(s.device), len(nominal)
             x, y = x_train[rows], y_train[rows]
             if attack == "wanet":
-                x, y = trigger.wanet_batch(x, y, s, model.field, local)
+                x, y = baselines.wanet_batch(x, y, s, model.field, local)
             if s.augment:
                 contrasts = s.contrast, s.contrast if s.malicious_contrast is None else s.malicious_contrast
                 parts = zip((x[:n], x[n:]), contrasts)

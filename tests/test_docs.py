@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import badsnn
+import baselines
 import data
 import defenses
 import fused
@@ -23,12 +24,12 @@ import studies
 import trigger
 
 ROOT = Path(badsnn.__file__).parent
-MODULES = {module.__name__: module for module in (badsnn, data, defenses, fused, lif, machine, models, report, runs,
-                                                  settings, studies, trigger)}
-LINES = dict(lif=200, fused=250, models=220, data=300, trigger=400, defenses=400, badsnn=425, studies=400, report=450,
-             settings=280, runs=220, machine=200)       # at most
-FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"trigger", "defenses"},
-          {"badsnn"}, {"studies"}, {"report"}]
+MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, lif, machine, models,
+                                                  report, runs, settings, studies, trigger)}
+LINES = dict(lif=200, fused=250, models=220, data=300, baselines=200, trigger=300, defenses=400, badsnn=425,
+             studies=400, report=450, settings=280, runs=220, machine=200)       # at most
+FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
+          {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"report"}]
 
 
 def imports_of(path):
@@ -56,13 +57,14 @@ def test_a_file_is_read_in_one_sitting(name):
 
 
 def test_the_whole_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 3700
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 3720
 
 
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
 models.vgg16 models.NMNISTNet trigger.power_trigger trigger.spike_trigger trigger.deepfool trigger.adaptive_blend
-trigger.UNet trigger.badnets trigger.blend trigger.wanet trigger.clean_label trigger.pgd defenses.fine_tune defenses.clp
-defenses.anp defenses.tsbd defenses.nad defenses.strip defenses.spike_deviation data.load data.poison_indices""".split()
+trigger.UNet trigger.badnets trigger.blend trigger.wanet trigger.clean_label baselines.pgd defenses.fine_tune
+defenses.clp defenses.anp defenses.tsbd defenses.nad defenses.strip defenses.spike_deviation data.load
+data.poison_indices""".split()
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -8,6 +8,7 @@ import pytest
 from common import TINY, attack, prepared, refused
 
 import badsnn
+import baselines
 import settings
 import studies
 import trigger
@@ -49,7 +50,7 @@ def test_defend(workplace, capsys, monkeypatch):
     for name, budget in dict(fine_tune=dict(epochs=1), anp=dict(iterations=2), tsbd=dict(epochs=1, max_unlearn=1),
                              nad=dict(epochs=1, teacher_epochs=1)).items():
         monkeypatch.setitem(studies.DEFENSES, name, partial(studies.DEFENSES[name], **budget))
-    monkeypatch.setattr(trigger, "pgd", partial(trigger.pgd, steps=2))
+    monkeypatch.setattr(baselines, "pgd", partial(baselines.pgd, steps=2))
     monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
     monkeypatch.setattr(studies.defenses, "strip", partial(studies.defenses.strip, overlays=4))
     arguments = ["defend", *TINY, "--epochs", "1", "--n-test", "200", "--n-o", "40", "--epochs-o", "1"]
@@ -107,7 +108,7 @@ def test_story(workplace, capsys):
 @pytest.mark.parametrize("command, models", [("attack", 2), ("story", 2), ("defend", 3)])
 def test_fresh_trains_every_model_once(workplace, capsys, monkeypatch, command, models):
     monkeypatch.setattr(studies, "DEFENSES", {"none": studies.DEFENSES["none"]})
-    monkeypatch.setattr(trigger, "pgd", partial(trigger.pgd, steps=2))
+    monkeypatch.setattr(baselines, "pgd", partial(baselines.pgd, steps=2))
     tiny = [command, *TINY, "--epochs", "1", "--n-test", "200"]
     tiny += ["--attacks", "badsnn", "clean_label"] if command == "defend" else []
     badsnn.main(tiny)

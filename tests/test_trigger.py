@@ -1,15 +1,10 @@
 """The triggers: by arithmetic, in range, repeatable."""
 import math
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from common import prepared_as
 from torch import nn
 
-import badsnn
-import runs
 import trigger
 from lif import neurons
 from models import build_model, frozen
@@ -22,15 +17,11 @@ from trigger import (
     clean_label,
     deepfool,
     optimized_trigger,
-    pgd,
-    poison,
     power_trigger,
     spike_trigger,
     train_unet,
     trigger_losses,
     wanet,
-    wanet_field,
-    wanet_grid,
     wanted_perturbations,
 )
 
@@ -215,100 +206,6 @@ def test_wanted_perturbations_lead_to_the_target():
     assert (model((kept + wanted).clamp(0, 1)).argmax(1) == target).float().mean() > 0.9
 
 
-# The baselines' triggers
-
-def test_badnets_and_blend_by_arithmetic():
-    x = torch.rand(2, 3, 8, 8)
-    before, out = x.clone(), badnets(x)
-    assert ((out[:, :, 5:, 5:] == 1).all() and torch.equal(out[:, :, :5], x[:, :, :5])
-            and torch.equal(out[:, :, :, :5], x[:, :, :, :5]))
-    assert torch.equal(x, before)                                    # the argument stays
-    pattern = (blend(x, 0.2, seed=3) - 0.8 * x) / 0.2
-    assert torch.allclose(pattern[0], pattern[1], atol=1e-5) and 0 <= pattern.min() + 1e-5 and pattern.max() <= 1 + 1e-5
-    assert torch.allclose(blend(x, 1.0, seed=3), pattern, atol=1e-5) and torch.equal(blend(x, 0.0), x)
-    assert not torch.equal(blend(x, seed=0), blend(x, seed=1)) and torch.equal(blend(x, seed=1), blend(x, seed=1))
-
-
-def test_clean_label_pattern():
-    """Black and white corners, mirrored left to right; everything else untouched."""
-    out = clean_label(torch.full((1, 3, 8, 8), 0.5))[0, 0]
-    assert out[:3, :3].tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]] == out[-3:, :3].tolist()
-    assert torch.equal(out[:, -3:], out[:, :3].flip(1)) and (out[3:-3] == 0.5).all() and (out[:, 3:-3] == 0.5).all()
-
-
-def test_wanet_geometry():
-    field = wanet_field((16, 16), k=16)                              # as many vectors as pixels: no interpolation
-    assert math.isclose(field.abs().mean().item(), 1, rel_tol=1e-5)
-    field = wanet_field((32, 32), seed=5)
-    assert field.shape == (1, 32, 32, 2) and 0.5 < field.abs().mean() < 1.5      # enlarging roughly keeps the mean
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.allclose(wanet(x, field, s=0.0), x, atol=1e-5)                  # the identity
-    noise = torch.rand(4, 32, 32, 2) * 2 - 1
-    for s in (0.0, 0.5, 50.0):
-        for grid in (wanet_grid(field, s), wanet_grid(field, s, noise)):
-            assert grid.abs().max() <= 1
-    moved = (wanet_grid(field, 0.5) - wanet_grid(field, 0.0))[:, 4:-4, 4:-4]     # not the border: it is clamped
-    assert torch.allclose(moved, 0.5 * field[:, 4:-4, 4:-4] / 32, atol=1e-6)
-    jitter = wanet_grid(field, 0.5, noise) - wanet_grid(field, 0.5)
-    assert jitter.abs().max() <= 1 / 32 + 1e-6 and jitter.std() > 0
-    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)                         # brightness = x: the warp is seen
-    shift = torch.zeros(1, 32, 32, 2)
-    shift[..., 0] = 2 * 32 / 31                                                  # one pixel to the right, at s = 1
-    assert torch.allclose(wanet(ramp, shift, s=1.0)[0, 0, 5, :31], ramp[0, 0, 5, 1:], atol=1e-4)
-
-
-def test_pgd_stays_in_its_ball_and_hurts():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))           # linear: the gradient's sign hardly changes
-    x, y = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    x_adv = pgd(model, x, y, eps=0.1, step=0.02, steps=10)
-    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
-    with frozen(model), torch.no_grad():
-        loss = [torch.nn.functional.cross_entropy(model(images), y).item() for images in (x, x_adv)]
-    assert loss[1] > loss[0] + 1
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert torch.equal(x_adv, pgd(model, x, y, eps=0.1, step=0.02, steps=10))
-
-
-def test_poison_is_as_published(workplace, monkeypatch):
-    """Who is poisoned, with what, and with which label; the same for the same seed; nothing else is touched."""
-    data, s = prepared_as("--dataset", "digits", "--width", "4", "--T", "2")
-    monkeypatch.setattr(trigger, "pgd", partial(pgd, steps=11))       # 16 / 255 and more, in steps of 1.5 / 255
-    reference = badsnn.fresh_model(data, s)
-    for name in ("badnets", "blend", "clean_label"):
-        x, y, _ = poison(data, s, name, reference)
-        changed = (x != data.x_train).flatten(1).any(1)
-        assert torch.equal(x, poison(data, s, name, reference)[0])
-        assert changed.sum() == round(0.05 * len(y)) == 72
-        assert (y[changed] == s.target).all() and torch.equal(y[~changed], data.y_train[~changed])
-        if name == "clean_label":                            # labels were right to begin with
-            assert torch.equal(y, data.y_train)
-            inside = (x[changed].int() - data.x_train[changed].int()).abs()[:, :, 3:-3]
-            assert inside.max() == 16                        # PGD's ball, away from the corner patterns
-        else:
-            marked = trigger.BASELINES[name](reference, s.seed)(data.x_train[changed].float() / 255)
-            assert torch.equal(x[changed], marked.mul(255).round().byte())
-            assert (data.y_train[changed] == s.target).sum() < 20            # drawn from all classes
-    x, y, note = poison(data, replace(s, baseline_ratio=0.5), "clean_label", reference)     # more than the class has
-    assert (x != data.x_train).flatten(1).any(1).sum() == round(0.5 * (y == 0).sum().item()) and "too small" in note
-
-
-def test_wanet_batch(workplace):
-    """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is
-    untouched."""
-    data, s = prepared_as("--dataset", "digits", "--baseline-ratio", "0.1")
-    field = wanet_field((16, 16))
-    x, y = data.x_train[data.y_train != 0][:100], data.y_train[data.y_train != 0][:100]
-    x2, y2 = trigger.wanet_batch(x, y, s, field, torch.Generator().manual_seed(0))
-    assert (y2 == 0).sum() == 10 and torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
-    assert torch.equal(x2[:10], wanet(x[:10].float() / 255, field).mul(255).round().byte())
-    assert not torch.equal(x2[10:30], wanet(x[10:30].float() / 255, field).mul(255).round().byte())
-    counts = [(trigger.wanet_batch(x[:4], y[:4], s, field, torch.Generator().manual_seed(i))[1] == 0).sum().item()
-              for i in range(200)]
-    assert set(counts) == {0, 1} and 0.3 < sum(counts) / 200 < 0.5           # 0.4 of a sample per batch, on average
-
-
 def test_triggers_refuse_integers():
     """Stored bytes are no images in [0, 1]."""
     x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -337,14 +234,3 @@ def test_sizes_do_not_depend_on_the_batch():
     images = x.float() / 255
     assert trigger.sizes(t, x, batch=3)["l2"] == pytest.approx((images / 2).flatten(1).norm(dim=1).mean().item(),
                                                                abs=0.01)
-
-
-def test_poison_and_shuffle_draw_different_numbers(workplace):
-    """The poisoned samples are spread over the first epoch's batches."""
-    data, s = prepared_as("--dataset", "digits", "--width", "4")
-    _, y, _ = poison(data, s, "badnets")
-    poisoned = (poison(data, s, "badnets")[0] != data.x_train).flatten(1).any(1).nonzero().flatten()
-    order = torch.randperm(len(y), generator=runs.generator(s.seed, "shuffle", 0))
-    place = torch.empty(len(y), dtype=torch.long)
-    place[order] = torch.arange(len(y))
-    assert place[poisoned].float().mean() > 0.3 * len(y)
