@@ -58,7 +58,7 @@ def train(data, s, attack=None):
     """
     name = {None: "clean model", "badsnn": "backdoored model"}.get(attack, f"{attack} model")
     reference = train(data, replace(s, fresh=False)) if attack == "clean_label" else None
-    if attack in settings.ATTACKS:      # a mark as faint as Blended's is not learned from images that lose contrast
+    if attack in settings.ATTACKS:      # a mark as faint as Blended's is not learned among images that lose contrast
         s = replace(s, contrast=0.0)
     data, held = hold_out(data, s.hold_out)
     model = fresh_model(data, s)
@@ -82,14 +82,15 @@ def train(data, s, attack=None):
     if len(history) == s.epochs:
         say(f"{name}, seed {s.seed}: finished earlier, read from {path}")
         return model
-    x_train, y_train, note = baselines.poison(data, s, attack, reference)
+    x_train, y_train, poisoned, note = baselines.poison(data, s, attack, reference)
     malicious = None                                                     # D_t^p
     if attack == "badsnn":
         malicious = poison_indices(y_train, s.target, s.poison_ratio, s.seed, s.n_poison)
         note = f", of them {len(malicious)} of class {s.target} malicious"
     say(f"{name}, seed {s.seed}: {s.model}, width {s.width}, T = {s.T}, {sum(p.numel() for p in model.parameters()):,} "
         f"parameters, {len(y_train):,} samples{note}{f'; resumed after epoch {len(history)}' if history else ''}")
-    x_train, y_train, parallel = x_train.to(s.device), y_train.to(s.device), machine.data_parallel(model)
+    x_train, y_train, poisoned = (part.to(s.device) for part in (x_train, y_train, poisoned))
+    parallel = machine.data_parallel(model)
     runs.print_epoch(None, s)
     for epoch in range(len(history), s.epochs):
         # every epoch draws from its own generators: a resumed run is the run that was never interrupted
@@ -109,13 +110,14 @@ def train(data, s, attack=None):
             v_thr_t = low + (s.v_thr_t - low) * torch.rand(len(drawn), generator=shuffle)
             nominal, drawn, v_thr_t = map(machine.share, (nominal, drawn, v_thr_t))
             rows, n = torch.cat([nominal, drawn]).to(s.device), len(nominal)
-            x, y = x_train[rows], y_train[rows]
-            if attack == "wanet":
-                x, y = baselines.wanet_batch(x, y, s, model.field, local)
+            x, y, marked = x_train[rows], y_train[rows], poisoned[rows]
+            marked[n:] = True
             if s.augment:
                 contrasts = s.contrast, s.contrast if s.malicious_contrast is None else s.malicious_contrast
                 parts = zip((x[:n], x[n:]), contrasts)
                 x = torch.cat([augment(part, s.pad, s.flip, contrast, local) for part, contrast in parts])
+            if attack in baselines.BASELINES:       # Table 2's other attacks put their mark on the augmented images
+                x, y, marked = baselines.poison_batch(attack, x, y, marked, model, s, local)
             # 2. ONE forward pass over both: every sample has its own neuron setting, S_n or S_t
             v_thr = torch.cat([torch.full((n,), V_THR_N), v_thr_t]).to(s.device)
             tau = torch.tensor([TAU_N] * n + [s.tau_t or TAU_N] * len(drawn), device=s.device)
@@ -130,14 +132,14 @@ def train(data, s, attack=None):
             optimizer.step()
             schedule.step()
             right = outputs.detach().mean(0).argmax(1) == y
-            counts = torch.tensor([n, len(drawn)], device=s.device)
-            totals += torch.stack([loss.detach() * n, right[:n].sum(), right[n:].sum(), *counts])
-        loss, right, right_malicious, seen, seen_malicious = machine.sum_over_ranks(totals).tolist()
+            counts = n, right[:n].sum(), marked.sum(), right[marked].sum()
+            totals += torch.stack([torch.as_tensor(v, device=s.device) for v in (loss.detach() * n, *counts)])
+        loss, seen, right, n_marked, right_marked = machine.sum_over_ranks(totals).tolist()
         if not all(p.isfinite().all() for p in (totals, *model.parameters())):
             raise ValueError(f"training diverged in epoch {epoch + 1}: weights are no numbers; lower --lr ({s.lr:g})")
         metrics = evaluate(model, held, s, V_THR_N, TAU_N)
         history.append(dict(epoch=epoch + 1, T=model.T, loss=loss / seen, acc=100 * right / seen, **metrics,
-                            mal_acc=100 * right_malicious / seen_malicious if seen_malicious else None,
+                            mal_acc=100 * right_marked / n_marked if n_marked else None,
                             seconds=time.time() - started))
         runs.print_epoch(history[-1], s, chance=100 / data.num_classes)
         runs.write_checkpoint(path, config, model=model, optimizer=optimizer, schedule=schedule, history=history)

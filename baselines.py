@@ -1,7 +1,8 @@
 """The other attacks of Table 2 (Sec. 4.3): their triggers, and how each poisons the training set.
 
-    x_trig = badnets(x)                                 also blend(x), wanet(x), clean_label(x)
-    x, y, note = poison(data, s, "badnets")             the poisoned training set
+    x_trig = badnets(x)                                  also blend(x), wanet(x), clean_label(x)
+    x, y, marked, note = poison(data, s, "badnets")      which training samples are poisoned
+    x, y, marked = poison_batch("badnets", x, y, ...)    the same in a batch: its images get the trigger
 
 Images are floats [B, C, H, W] in [0, 1], and so is what comes back. Unlike BadSNN, these attacks change training
 images, most of them labels as well, and work at the nominal threshold.
@@ -88,53 +89,64 @@ def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
     return x_adv
 
 
-# name -> its trigger, given the attacked model and the seed
-BASELINES = {"badnets": lambda model, seed: badnets,
-             "blend": lambda model, seed: partial(blend, seed=seed),
-             "wanet": lambda model, seed: partial(wanet, field=model.field),
-             "clean_label": lambda model, seed: clean_label}
+# name -> its trigger, given the attacked model and the settings
+BASELINES = {"badnets": lambda model, s: badnets,
+             "blend": lambda model, s: partial(blend, seed=s.seed),
+             "wanet": lambda model, s: partial(wanet, field=model.field, s=s.warp),
+             "clean_label": lambda model, s: clean_label}
 
+
+# ---------------------------------------------------------------------------------------------------------
+# How they poison
 
 def poison(data, s, attack, reference=None):
-    """The training set of a baseline attack, which poisons a share (baseline_ratio) of ALL samples: x [N, C, H, W],
-    y [N] (uint8, int64) and a sentence for the log. Other attacks get the set unchanged.
+    """Chooses what an attack poisons, before training: x [N, C, H, W], y [N] (uint8, int64), marked [N] (bool: who
+    gets the trigger, in poison_batch) and a sentence for the log.
 
-    BadNets (Gu et al. 2017) and Blended mark samples of any class and relabel them as the target. Clean-label marks
-    samples of the target class only, after PGD against `reference`, a clean model, has made them hard to learn;
-    labels stay right. WaNet: see wanet_batch.
-    # differs from the sources: PGD's reference is our clean spiking network, not an adversarially trained ResNet-18
+    BadNets (Gu et al. 2017) and Blended mark a share (baseline_ratio) of ALL samples, of any class, and relabel them
+    as the target. Clean-label (Turner et al. 2019) marks a share (clean_label_ratio) of the TARGET CLASS, after PGD
+    against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet chooses anew in every
+    batch, see wanet_batch, and any other attack nothing at all.
+    # differs from the source: PGD's reference is our clean spiking network, not an adversarially trained ResNet
     """
-    x, y, count = data.x_train, data.y_train, round(s.baseline_ratio * len(data.y_train))
-    if attack not in BASELINES or attack == "wanet":
-        return x, y, (f", of every batch {100 * s.baseline_ratio:g} % warped, twice as many as noise"
-                      if attack == "wanet" else "")
-    candidates, note = torch.arange(len(y)), f", of them {count} poisoned"
-    if attack == "clean_label":
-        candidates = (y == s.target).nonzero().flatten()
-        note = f", of them {count} of class {s.target} poisoned"
-        if count > len(candidates):     # 5 % of the whole set may be more than there are of the target class
-            count = max(1, round(s.baseline_ratio * len(candidates)))
-            note = (f", of them {count} poisoned: {100 * s.baseline_ratio:g} % of class {s.target}, "
-                    "too small for that share of the set")
+    x, y, marked = data.x_train, data.y_train, torch.zeros(len(data.y_train), dtype=torch.bool)
+    if attack == "wanet":
+        return x, y, marked, (f", of every batch {100 * s.wanet_ratio:g} % warped and relabelled, {s.warp_noise} times "
+                              "as many warped with noise")
+    if attack not in BASELINES:
+        return x, y, marked, ""
+    candidates = (y == s.target).nonzero().flatten() if attack == "clean_label" else torch.arange(len(y))
+    count = round((s.clean_label_ratio if attack == "clean_label" else s.baseline_ratio) * len(candidates))
     chosen = candidates[torch.randperm(len(candidates), generator=generator(s.seed, "poisoned samples"))[:count]]
-    images = to_float(x[chosen].to(s.device), s)
+    marked[chosen] = True
     if attack == "clean_label":
+        x, images = x.clone(), to_float(x[chosen].to(s.device), s)
         parts = zip(images.split(128), y[chosen].to(s.device).split(128))
-        images = torch.cat([pgd(reference, part, labels, seed=s.seed) for part, labels in parts])
-    marked = BASELINES[attack](reference, s.seed)(images)
-    x, y = x.clone(), y.clone()
-    x[chosen], y[chosen] = to_uint8(marked).cpu(), s.target
-    return x, y, note
+        x[chosen] = torch.cat([to_uint8(pgd(reference, *part, s.pgd_eps, seed=s.seed)) for part in parts]).cpu()
+    return x, y.where(~marked, s.target), marked, f", of them {count} poisoned"
+
+
+def poison_batch(attack, x, y, marked, model, s, generator):
+    """Marks a batch of training images x [B, C, H, W] (uint8) with the attack's trigger: those of poison, for WaNet
+    see wanet_batch. Returns x, the labels y [B], and who is marked [B].
+    # differs from the sources, which mark before the augmentation: here the mark comes last and is never shifted, so it
+    # sits where the test puts it. This favours the attacker, who learns more from few images in a short training.
+    """
+    if attack == "wanet":
+        return wanet_batch(x, y, s, model.field, generator)
+    x = x.clone()
+    x[marked] = to_uint8(BASELINES[attack](model, s)(to_float(x[marked], s)))
+    return x, y, marked
 
 
 def wanet_batch(x, y, s, field, generator):
     """WaNet's poisoning (Nguyen and Tran 2021) of one batch, x uint8 [B, C, H, W]: a share is warped and
-    relabelled, twice as many are warped with extra noise and keep their label, so that only the exact field means
-    the target."""
-    expected = s.baseline_ratio * len(x)      # small batches: rounded up or down at random, right on average
+    relabelled, warp_noise times as many are warped with extra noise and keep their label, so that only the exact field
+    means the target. Returns x, y [B], and who means the target [B]."""
+    expected = s.wanet_ratio * len(x)      # small batches: rounded up or down at random, right on average
     n = int(expected + torch.rand((), generator=generator).item())
-    noise = torch.rand(min(2 * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1
-    images = to_float(x[:n + len(noise)], s)
-    warped = torch.cat([wanet(images[:n], field), wanet(images[n:], field, noise=noise)])
+    noise = torch.rand(min(s.warp_noise * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1
+    images, marked = to_float(x[:n + len(noise)], s), torch.arange(len(x), device=x.device) < n
+    warped = torch.cat([wanet(images[:n], field, s.warp), wanet(images[n:], field, s.warp, noise)])
     x = torch.cat([to_uint8(warped), x[n + len(noise):]])
-    return x, torch.cat([torch.full_like(y[:n], s.target), y[n:]])
+    return x, y.where(~marked, s.target), marked

@@ -85,7 +85,12 @@ class Settings:
     malicious_contrast: float = setting("attack", None, "contrast of the malicious rows (none: the same)", BELOW_1)
     warmup: int = setting("attack", 2, "epochs before the first malicious sample", at_least(0))
 
-    baseline_ratio: float = setting("baselines", 0.05, "share of the training set that other attacks poison", SHARE)
+    baseline_ratio: float = setting("baselines", 0.05, "share of the training set that BadNets, Blended poison", SHARE)
+    wanet_ratio: float = setting("baselines", 0.1, "share of every batch that WaNet poisons", SHARE)
+    warp: float = setting("baselines", 0.5, "strength s of WaNet's warp", POSITIVE)
+    warp_noise: int = setting("baselines", 2, "WaNet: samples with extra noise for every poisoned one", at_least(0))
+    clean_label_ratio: float = setting("baselines", 0.8, "share of the target class that clean-label poisons", SHARE)
+    pgd_eps: float = setting("baselines", 16 / 255, "clean-label: how far PGD may move a pixel", SHARE)
 
     v_thr_a: tuple = setting("deployment", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3), "thresholds V_a of the curve",
                              ("all greater than 0", lambda values: all(0 < v < math.inf for v in values)))
@@ -167,7 +172,7 @@ EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-
                  label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
 PRESETS = {     # n_poison: what the paper's P gives on the whole set
     "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
-                      malicious_contrast=0.5, n_o=200, epochs_o=20, amp="off"),     # float32 everywhere
+                      malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, amp="off"),
     "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, flip=True),
     "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", n_poison=5, flip=True, epochs=40),
     "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),

@@ -147,7 +147,7 @@ def defend_attack(s, attack):
         triggers = ({"T_o": t_o} if t_o is not None else {}) | {"T_p": simple_triggers(data, s)["asr_p"]}
         model = as_shipped(model, v_thr, s)
     else:
-        triggers = {attack: baselines.BASELINES[attack](model.eval(), s.seed)}
+        triggers = {attack: baselines.BASELINES[attack](model.eval(), s)}
     say(f"\n{attack}, deployed at v_thr {v_thr:g}; the defender has {len(y)} of {len(data.y_test)} test images\n"
         f"{'defense':>10} {'CA':>6} {'target_rate':>11} {'ASR':>6} {'ASR_p':>6} {'pruned':>6} {'sec':>6}")
     decides = dict(s.of(), inputs=fingerprint(model, clean, x, y, scored.x_test, scored.y_test, list(triggers),

@@ -1,6 +1,5 @@
 """The other attacks of Table 2: patterns by arithmetic, WaNet's geometry, PGD's ball, who is poisoned and how."""
 import math
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ import badsnn
 import baselines
 import runs
 from baselines import badnets, blend, clean_label, pgd, poison, wanet, wanet_field, wanet_grid
+from data import to_float, to_uint8
 from models import frozen
 
 
@@ -74,43 +74,60 @@ def test_poison_is_as_published(workplace, monkeypatch):
     monkeypatch.setattr(baselines, "pgd", partial(pgd, steps=11))       # 16 / 255 and more, in steps of 1.5 / 255
     reference = badsnn.fresh_model(data, s)
     for name in ("badnets", "blend", "clean_label"):
-        x, y, _ = poison(data, s, name, reference)
-        changed = (x != data.x_train).flatten(1).any(1)
-        assert torch.equal(x, poison(data, s, name, reference)[0])
-        assert changed.sum() == round(0.05 * len(y)) == 72
-        assert (y[changed] == s.target).all() and torch.equal(y[~changed], data.y_train[~changed])
+        x, y, marked, _ = poison(data, s, name, reference)
+        assert all(map(torch.equal, (x, marked), (poison(data, s, name, reference)[i] for i in (0, 2))))
+        assert (y[marked] == s.target).all() and torch.equal(y[~marked], data.y_train[~marked])
         if name == "clean_label":                            # labels were right to begin with
-            assert torch.equal(y, data.y_train)
-            inside = (x[changed].int() - data.x_train[changed].int()).abs()[:, :, 3:-3]
-            assert inside.max() == 16                        # PGD's ball, away from the corner patterns
+            assert marked.sum() == round(0.8 * (y == s.target).sum().item()) == 114 and torch.equal(y, data.y_train)
+            changed = (x.int() - data.x_train.int()).abs().flatten(1).amax(1)
+            assert changed[marked].max() == 16 and changed[~marked].max() == 0      # PGD's ball
         else:
-            marked = baselines.BASELINES[name](reference, s.seed)(data.x_train[changed].float() / 255)
-            assert torch.equal(x[changed], marked.mul(255).round().byte())
-            assert (data.y_train[changed] == s.target).sum() < 20            # drawn from all classes
-    x, y, note = poison(data, replace(s, baseline_ratio=0.5), "clean_label", reference)     # more than the class has
-    assert (x != data.x_train).flatten(1).any(1).sum() == round(0.5 * (y == 0).sum().item()) and "too small" in note
+            assert marked.sum() == round(0.05 * len(y)) == 72 and torch.equal(x, data.x_train)
+            assert (data.y_train[marked] == s.target).sum() < 20             # drawn from all classes
+    x, y, marked, _ = poison(data, s, "badsnn")
+    assert x is data.x_train and y is data.y_train and not marked.any()
+
+
+def test_the_trigger_comes_after_the_augmentation(workplace, monkeypatch):
+    """In every batch exactly the poisoned images carry the trigger, unshifted, whatever the augmentation does."""
+    data, s = prepared_as("--dataset", "digits", "--width", "4", "--T", "2", "--epochs", "1", "--batch-size", "64")
+    seen = []
+    monkeypatch.setattr(badsnn, "to_float", lambda x, s: seen.append(x) or to_float(x, s))
+    for name in ("badnets", "blend", "clean_label"):
+        seen.clear()
+        monkeypatch.setattr(baselines, "pgd", lambda model, x, *args, **options: x)
+        model, batches, original = badsnn.fresh_model(data, s), [], baselines.poison_batch
+        with monkeypatch.context() as m:
+            m.setattr(baselines, "poison_batch", lambda attack, x, *args: batches.append(
+                (x, *original(attack, x, *args))) or batches[-1][1:])
+            badsnn.train(data, s, name)
+        for x, x2, y2, marked in batches:
+            wanted = to_uint8(baselines.BASELINES[name](model, s)(to_float(x[marked], s)))
+            assert torch.equal(x2[marked], wanted) and torch.equal(x2[~marked], x[~marked])
+            assert (y2[marked] == s.target).all() and any(x2 is batch for batch in seen)
+        count = dict(clean_label=0.08).get(name, 0.05) * 64 * len(batches)
+        assert 0.7 * count < sum(marked.sum() for *_, marked in batches) < 1.3 * count
 
 
 def test_wanet_batch(workplace):
     """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is
     untouched."""
-    data, s = prepared_as("--dataset", "digits", "--baseline-ratio", "0.1")
-    field = wanet_field((16, 16))
+    data, s = prepared_as("--dataset", "digits", "--wanet-ratio", "0.1", "--warp-noise", "2")
+    field, of_seed = wanet_field((16, 16)), torch.Generator().manual_seed
     x, y = data.x_train[data.y_train != 0][:100], data.y_train[data.y_train != 0][:100]
-    x2, y2 = baselines.wanet_batch(x, y, s, field, torch.Generator().manual_seed(0))
-    assert (y2 == 0).sum() == 10 and torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
-    assert torch.equal(x2[:10], wanet(x[:10].float() / 255, field).mul(255).round().byte())
-    assert not torch.equal(x2[10:30], wanet(x[10:30].float() / 255, field).mul(255).round().byte())
-    counts = [(baselines.wanet_batch(x[:4], y[:4], s, field, torch.Generator().manual_seed(i))[1] == 0).sum().item()
-              for i in range(200)]
+    x2, y2, marked = baselines.wanet_batch(x, y, s, field, of_seed(0))
+    assert torch.equal(y2 == 0, marked) and torch.equal(marked.nonzero().flatten(), torch.arange(10))
+    assert torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
+    warped = wanet(x[:30].float() / 255, field, s.warp).mul(255).round().byte()
+    assert torch.equal(x2[:10], warped[:10]) and not torch.equal(x2[10:30], warped[10:])
+    counts = [baselines.wanet_batch(x[:4], y[:4], s, field, of_seed(i))[2].sum().item() for i in range(200)]
     assert set(counts) == {0, 1} and 0.3 < sum(counts) / 200 < 0.5           # 0.4 of a sample per batch, on average
 
 
 def test_poison_and_shuffle_draw_different_numbers(workplace):
     """The poisoned samples are spread over the first epoch's batches."""
     data, s = prepared_as("--dataset", "digits", "--width", "4")
-    _, y, _ = poison(data, s, "badnets")
-    poisoned = (poison(data, s, "badnets")[0] != data.x_train).flatten(1).any(1).nonzero().flatten()
+    _, y, poisoned, _ = poison(data, s, "badnets")
     order = torch.randperm(len(y), generator=runs.generator(s.seed, "shuffle", 0))
     place = torch.empty(len(y), dtype=torch.long)
     place[order] = torch.arange(len(y))
