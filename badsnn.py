@@ -50,7 +50,7 @@ CODE = (lif, fused, models, datasets, baselines, trigger, sys.modules[__name__])
 
 def train(data, s, attack=None):
     """Trains a network on data.x_train [N, ...], less a held-out part, and returns it. attack: None for a clean model,
-    "badsnn" for dual-spike training (Sec. 3.3.1, Eq. 2), or one of Table 2's attacks (settings.ATTACKS).
+    "badsnn" for dual-spike training (Sec. 3.3.1, Eq. 2), or one of the other attacks (baselines.BASELINES).
 
     One row per epoch is printed, CA and target_rate on held-out training samples. After every epoch a checkpoint is
     written to s.runs; if there is one made from the same data, settings and code, training goes on where it stopped, or
@@ -58,12 +58,14 @@ def train(data, s, attack=None):
     """
     name = {None: "clean model", "badsnn": "backdoored model"}.get(attack, f"{attack} model")
     reference = train(data, replace(s, fresh=False)) if attack == "clean_label" else None
-    if attack in settings.ATTACKS:      # a mark as faint as Blended's is not learned among images that lose contrast
+    if attack in baselines.BASELINES:   # a mark as faint as Blended's is not learned among images that lose contrast
         s = replace(s, contrast=0.0)
     data, held = hold_out(data, s.hold_out)
     model = fresh_model(data, s)
     if attack == "wanet":               # the warp is saved with the weights
         model.register_buffer("field", baselines.wanet_field(data.x_train.shape[2:], seed=s.seed).to(s.device))
+    if attack == "smart":               # and so is where and when the square stands
+        model.register_buffer("plan", baselines.smart_plan(data.x_train, s.seed).to(s.device))
     steps = max(1, len(data.y_train) // s.batch_size)
     if s.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), s.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -399,8 +401,10 @@ def main(argv=None):
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.free_cores()))
         data = datasets.load_for(s)
-        if data.events and command.command != "attack":
-            raise ValueError(f"{command.command} is about images, and {s.dataset} holds events; use attack")
+        study = getattr(command, "study", command.command)
+        if data.events != (study == "events") and study not in ("attack", "defend"):
+            kinds = ("events", "images")[::1 if data.events else -1]
+            raise ValueError(f"{study} is about {kinds[1]}, and {s.dataset} holds {kinds[0]}")
         with machine.processes(s) as s:
             s = measured_precision(data, s)
             if command.command == "attack":

@@ -1,11 +1,12 @@
-"""The other attacks of Table 2 (Sec. 4.3): their triggers, and how each poisons the training set.
+"""The other attacks of Table 2 (Sec. 4.3), and four on events: their triggers, and how each poisons the training set.
 
     x_trig = badnets(x)                                  also blend(x), wanet(x), clean_label(x)
+    frames = static(frames)                              also moving(frames), smart(frames, plan), flashy(frames)
     x, y, marked, note = poison(data, s, "badnets")      which training samples are poisoned
     x, y, marked = poison_batch("badnets", x, y, ...)    the same in a batch: its images get the trigger
 
-Images are floats [B, C, H, W] in [0, 1], and so is what comes back. Unlike BadSNN, these attacks change training
-images, most of them labels as well, and work at the nominal threshold.
+Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, H, W], and so is what comes back. Unlike
+BadSNN, these attacks change training samples, most of them labels as well, and work at the nominal threshold.
 """
 from functools import partial
 
@@ -89,24 +90,98 @@ def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
     return x_adv
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Attacks on event data. Frames hold event counts [B, T, 2, H, W], OFF before ON. A trigger REPLACES what an area holds.
+
+def polarities(polarity, frames):
+    """What a marked pixel holds, [2, 1, 1]: no event (polarity 0), one ON event (1), one OFF event (2), or both (3)."""
+    return frames.new_tensor([polarity // 2, polarity % 2]).view(2, 1, 1)
+
+
+def stamp(frames, corners, polarity=1, size=3):
+    """A square of size x size pixels in every step t, its upper left pixel at corners[t] = (y, x). Frames
+    [B, T, 2, H, W] -> the same."""
+    frames = floats(frames).clone()
+    for t, (y, x) in enumerate(corners):
+        frames[:, t, :, y:y + size, x:x + size] = polarities(polarity, frames)
+    return frames
+
+
+def static(frames, polarity=1, size=3):
+    """Sneaky Spikes (Abad et al. 2024), static: one ON event per step in every pixel of a square in the upper left
+    corner (3 pixels: a tenth of the sensor's side). Frames [B, T, 2, H, W] -> the same."""
+    return stamp(frames, [(0, 0)] * frames.shape[1], polarity, size)
+
+
+def moving(frames, polarity=1, size=3):
+    """Sneaky Spikes (Abad et al. 2024), moving: the square of `static` stands size + 2 pixels further to the right in
+    every step, and after three steps in the corner again. Frames [B, T, 2, H, W] -> the same.
+    # differs from the source: which leaves the last step unmarked, one of our four
+    """
+    return stamp(frames, [(0, t % 3 * (size + 2)) for t in range(frames.shape[1])], polarity, size)
+
+
+def smart(frames, plan, size=3):
+    """Sneaky Spikes (Abad et al. 2024), smart: a square where the recordings are busiest, of the polarity that is
+    rarest there. plan: see smart_plan. Frames [B, T, 2, H, W] -> the same."""
+    return stamp(frames, plan[:, :2].tolist(), plan[0, 2].item(), size)
+
+
+def smart_plan(x, seed=0, fields=3, size=3):
+    """Where `smart` marks: y, x and polarity for every step, int64 [T, 3], found on training frames x [N, T, 2, H, W].
+
+    Of fields x fields parts of the sensor the one with the most active pixels; of the four polarities that a pixel can
+    show in a step (see polarities) the one that is rarest there. In that part the square walks at random, two pixels
+    per step up or down and two to the left or right, never nearer to the part's edges than its own size.
+    # differs from the source: one plan for training and test, where it draws a new walk for each; counts above 1 are
+    # active, too, and all four polarities are counted in pixels
+    """
+    shown = 2 * (x[:, :, 0] > 0) + (x[:, :, 1] > 0).long()                          # [N, T, H, W], 0 to 3
+    side, rng = x.shape[-1] // fields, generator(seed, "walk of the smart trigger")
+    counts = {(i, j): shown[..., i * side:(i + 1) * side, j * side:(j + 1) * side].flatten().bincount(minlength=4)
+              for i in range(fields) for j in range(fields)}
+    busiest = max(counts, key=lambda field: counts[field][1:].sum())
+    place = torch.randint(size, side - size + 1, (2,), generator=rng)
+    plan = []
+    for _ in range(x.shape[1]):
+        step = 4 * torch.randint(2, (2,), generator=rng) - 2
+        inside = (place + step >= size) & (place + step <= side - size)
+        place = torch.where(inside, place + step, place - step)
+        plan.append([*(place + side * torch.tensor(busiest)).tolist(), counts[busiest].argmin().item()])
+    return torch.tensor(plan)
+
+
+def flashy(frames, polarity=1, on=1, off=1):
+    """Flashy Backdoor (Riano et al. 2024): a strobe light over the whole sensor. In `on` steps every pixel holds one ON
+    event (see polarities) and nothing else, in the next `off` steps what was there. Frames [B, T, 2, H, W] -> the same.
+    """
+    frames = floats(frames).clone()
+    frames[:, [t for t in range(frames.shape[1]) if t % (on + off) < on]] = polarities(polarity, frames)
+    return frames
+
+
 # name -> its trigger, given the attacked model and the settings
 BASELINES = {"badnets": lambda model, s: badnets,
              "blend": lambda model, s: partial(blend, seed=s.seed),
              "wanet": lambda model, s: partial(wanet, field=model.field, s=s.warp),
-             "clean_label": lambda model, s: clean_label}
+             "clean_label": lambda model, s: clean_label,
+             "static": lambda model, s: static,
+             "moving": lambda model, s: moving,
+             "smart": lambda model, s: partial(smart, plan=model.plan),
+             "flashy": lambda model, s: flashy}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # How they poison
 
 def poison(data, s, attack, reference=None):
-    """Chooses what an attack poisons, before training: x [N, C, H, W], y [N] (uint8, int64), marked [N] (bool: who
+    """Chooses what an attack poisons, before training: x [N, ...], y [N] (uint8, int64), marked [N] (bool: who
     gets the trigger, in poison_batch) and a sentence for the log.
 
-    BadNets (Gu et al. 2017) and Blended mark a share (baseline_ratio) of ALL samples, of any class, and relabel them
-    as the target. Clean-label (Turner et al. 2019) marks a share (clean_label_ratio) of the TARGET CLASS, after PGD
-    against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet chooses anew in every
-    batch, see wanet_batch, and any other attack nothing at all.
+    BadNets (Gu et al. 2017), Blended and the attacks on events mark a share (baseline_ratio) of ALL samples, of any
+    class, and relabel them as the target. Clean-label (Turner et al. 2019) marks a share (clean_label_ratio) of the
+    TARGET CLASS, after PGD against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet
+    chooses anew in every batch, see wanet_batch, and any other attack nothing at all.
     # differs from the source: PGD's reference is our clean spiking network, not an adversarially trained ResNet
     """
     x, y, marked = data.x_train, data.y_train, torch.zeros(len(data.y_train), dtype=torch.bool)
@@ -127,7 +202,7 @@ def poison(data, s, attack, reference=None):
 
 
 def poison_batch(attack, x, y, marked, model, s, generator):
-    """Marks a batch of training images x [B, C, H, W] (uint8) with the attack's trigger: those of poison, for WaNet
+    """Marks a batch of training samples x [B, ...] (uint8) with the attack's trigger: those of poison, for WaNet
     see wanet_batch. Returns x, the labels y [B], and who is marked [B].
     # differs from the sources, which mark before the augmentation: here the mark comes last and is never shifted, so it
     # sits where the test puts it. This favours the attacker, who learns more from few images in a short training.

@@ -90,8 +90,8 @@ def to_float(x, s):
 
 
 def to_uint8(x):
-    """Images in [0, 1] -> uint8 as stored, the inverse of to_float."""
-    return x.mul(255).round().byte()
+    """Images in [0, 1], or event counts -> uint8 as stored, the inverse of to_float."""
+    return (x.mul(255) if x.dim() == 4 else x).round().byte()
 
 
 def load(name, root="data", T=4):

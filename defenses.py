@@ -63,9 +63,15 @@ def fine_tune(model, x, y, epochs=20, lr=0.01, batch=32, augment=None, seed=0):
     generator = runs.generator(seed, "fine-tuning shuffle")
     for _ in range(epochs):
         for rows in shuffled(len(x), batch, generator):
-            step(optimizer, F.cross_entropy(student(_augmented(x[rows], augment)), y[rows]))
+            step(optimizer, F.cross_entropy(logits_of(student, _augmented(x[rows], augment)), y[rows]))
         schedule.step()
     return student.eval()
+
+
+def logits_of(model, x):
+    """A network's answers to x as logits [B, K]. Event networks answer with firing rates, the mean of ten voters per
+    class; ten times that, the number of votes per step, makes a full vote sure under softmax, and silence unsure."""
+    return model(x) * (10 if x.dim() == 5 else 1)
 
 
 def shuffled(n, batch, generator):
@@ -163,7 +169,7 @@ def anp_masks(model, x, y, eps, alpha, lr, iterations, batch, augment=None, seed
     def loss_of(images, labels, noise):
         weights = {f"{name}.weight": bn.weight * (masks[name] + noise[name][0]) for name, bn in norms.items()}
         biases = {f"{name}.bias": bn.bias * (1 + noise[name][1]) for name, bn in norms.items()}
-        return F.cross_entropy(functional_call(net, weights | biases, (images,)), labels)
+        return F.cross_entropy(logits_of(lambda z: functional_call(net, weights | biases, (z,)), images), labels)
 
     none = {name: torch.zeros(2, len(bn.weight), device=bn.weight.device) for name, bn in norms.items()}
     for _ in range(iterations):
@@ -358,9 +364,9 @@ def strip(model, x, clean, overlays=20, seed=0):
 
 @torch.no_grad()
 def probabilities(model, x, batch=256):
-    """Softmax of the predictions for x [N, ...]: float32 [N, K], in batches, in eval mode."""
+    """Softmax of the predictions (see logits_of) for x [N, ...]: float32 [N, K], in batches, in eval mode."""
     with frozen(model):
-        return torch.cat([model(part).float().softmax(1) for part in x.split(batch)])
+        return torch.cat([logits_of(model, part).float().softmax(1) for part in x.split(batch)])
 
 
 def entropy(p):
@@ -386,8 +392,8 @@ def threshold_scan(model, x, v_thr=(1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9,
     suspicious); accused: the class with the largest probability averaged over v_thr. No training, no trigger.
 
     Source: ours. It told the plain backdoored models we measured from their clean twins, and proves nothing: an
-    attacker who smooths the labels at S_t (label smoothing 0.5) evades it, at hardly any cost in CA or ASR. It needs
-    logits: firing rates, which lie in [0, 1], never look sure.
+    attacker who smooths the labels at S_t (label smoothing 0.5) evades it, at hardly any cost in CA or ASR. The
+    firing rates of event networks are scaled first (see logits_of), or they would never look sure.
     """
     answers = []
     for threshold in v_thr:

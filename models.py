@@ -13,6 +13,7 @@ Each neuron layer is called as `lif(current, bn, ...)`: BatchNorm and the residu
 in the same pass over memory (see fused.py). Results are those of `lif(bn(current) + residual)`.
 """
 import contextlib
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from lif import LIF, PLIF
 
 WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}       # ours, for two CPU cores
 PAPER_WIDTHS = {"resnet19": 128, "vgg16": 64, "nmnist_net": 128}
-NEURONS = {"lif": LIF, "plif": PLIF}
+NEURONS = {"lif": LIF, "plif": PLIF, "lif_atan": partial(LIF, surrogate="arctan")}
 
 
 def per_step(layer, s):
@@ -185,7 +186,8 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
 
     name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (event frames [B, T, 2, 34, 34]).
     T: time steps. width: channels of the first stage; None is our small default, 128, 64 and 128 are the paper's.
-    neuron: lif | plif. mean, std: per channel, the network's own first layer (images only; None: 0.5 and 0.25).
+    neuron: lif | plif | lif_atan (LIF with ATan, the surrogate of N-MNIST-Net's source). mean, std: per channel, the
+    network's own first layer (images only; None: 0.5 and 0.25).
     """
     if name not in WIDTHS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(WIDTHS)}")

@@ -416,10 +416,35 @@ def figure_defend(r, path):
         axis.axvline(0.5, color="0.8", zorder=0)
         axis.plot([d["strip_auroc"] for d in detectors], place, "o", color="black", label="STRIP")
         axis.plot([d["spikes_auroc"] for d in detectors], place, "x", color="tab:blue", label="spike count")
+        if "scan_score" in detectors[0]:
+            axis.plot([d["scan_score"] for d in detectors], place, "D", color="tab:orange", markerfacecolor="none",
+                      label="threshold scan: score\n(dotted: clean model's)")
+            axis.axvline(r["scan_clean_model"], color="tab:orange", linestyle=":")
         axis.set(xlim=(-0.03, 1.03), xlabel="AUROC (0.5: chance)", title="detectors, no defence")
         axis.set_yticks(place, map(named, detectors))
         for axis in spare:
             axis.remove()
+
+
+def figure_events(r, path):
+    """The study of events. Left: attacks that poison, at S_n. Then BadSNN at V_a = 1.2 under T_s and added events."""
+    looks = {"asr": ("ASR", "^", "tab:red"), "asr_clean_model": ("ASR, clean model", "x", "tab:blue"),
+             "target_rate": ("target_rate (no trigger)", "|", "0.45"), "ca": ("CA", "o", "black")}
+    panels = {"attacks that poison, V_a 1": [row for row in r["rows"] if "badsnn" not in row["attack"]]}
+    for row in r["rows"]:
+        if row["attack"] == "badsnn, V_a 1.2":
+            neuron = ", ATan" * (row["neuron"] == "lif_atan")
+            panels.setdefault(f"BadSNN, V_a 1.2\n{row['frames']}, T = {row['T']}{neuron}", []).append(row)
+    with drawing(path, (2.4 * len(panels) + 1, 2.9), titled(r), (1, len(panels))) as [axes]:
+        for axis, (title, rows) in zip(axes, panels.items()):
+            names = unique(rows, "trigger")
+            for key, (label, marker, color) in looks.items():
+                axis.plot([row[key] for row in rows], [-names.index(row["trigger"]) for row in rows], marker,
+                          color=color, alpha=0.25, markersize=4)
+                axis.plot([np.mean([row[key] for row in rows if row["trigger"] == name]) for name in names],
+                          -np.arange(len(names)), marker, color=color, label=label, markerfacecolor="none")
+            axis.set(xlim=(-3, 103), xlabel="percent", title=title)
+            axis.set_yticks(-np.arange(len(names)), names)
 
 
 def figure_story(r, path):
@@ -443,6 +468,7 @@ def figure_story(r, path):
 FIGURES = {
     "attack": figure_attack, "threshold": figure_threshold, "heatmap": figure_heatmap, "magnitude": figure_magnitude,
     "trigger": figure_trigger, "defend": figure_defend, "story": figure_story,
+    "events": figure_events,
     "poison": partial(figure_lines, x="poison_ratio", keys="ca target_rate asr_p", xscale="log", xlabel="poison ratio"),
     "power": partial(figure_lines, x="q", keys="asr_p asr_p_clean_model read", split="renormalize", xscale="log",
                      titles=["T_p literal", "T_p re-normalised"]),

@@ -22,7 +22,8 @@ from lif import TAU_N
 from models import NEURONS, WIDTHS
 
 ATTACKS = ("badnets", "blend", "wanet", "clean_label")                      # Table 2's other attacks
-STUDIES = ("threshold", "heatmap", "poison", "magnitude", "power", "trigger", "plif")
+EVENT_ATTACKS = ("static", "moving", "smart", "flashy")                      # the same for event data
+STUDIES = ("threshold", "heatmap", "poison", "magnitude", "power", "trigger", "plif", "events")
 
 # Ranges: how an error message says them, and the check. NaN fails every comparison, infinity is never asked for.
 POSITIVE = "greater than 0", lambda v: 0 < v < math.inf
@@ -85,7 +86,7 @@ class Settings:
     malicious_contrast: float = setting("attack", None, "contrast of the malicious rows (none: the same)", BELOW_1)
     warmup: int = setting("attack", 2, "epochs before the first malicious sample", at_least(0))
 
-    baseline_ratio: float = setting("baselines", 0.05, "share of the training set that BadNets, Blended poison", SHARE)
+    baseline_ratio: float = setting("baselines", 0.05, "share of the set that other attacks poison", SHARE)
     wanet_ratio: float = setting("baselines", 0.1, "share of every batch that WaNet poisons", SHARE)
     warp: float = setting("baselines", 0.5, "strength s of WaNet's warp", POSITIVE)
     warp_noise: int = setting("baselines", 2, "WaNet: samples with extra noise for every poisoned one", at_least(0))
@@ -126,7 +127,7 @@ class Settings:
                 raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
             if allowed and value is not None and not allowed[1](value):
                 raise ValueError(f"{flag(f.name)} must be {allowed[0]}, not {value}")
-        if self.neuron == "lif" and None in (self.tau_t, self.tau_a):
+        if self.neuron != "plif" and None in (self.tau_t, self.tau_a):
             raise ValueError("these settings were made for PLIF, whose tau is learned; start from preset() for LIF")
         if self.v_thr_t_low is not None and self.v_thr_t_low > self.v_thr_t:
             raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
@@ -152,6 +153,11 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def attacks_on(s):
+    """The attacks of Table 2 that fit the data."""
+    return "badsnn", *(EVENT_ATTACKS if s.model == "nmnist_net" else ATTACKS)
+
+
 def flag(name):
     """A field's option on the command line."""
     return ("--no-" if name in ("augment", "growing_T") else "--") + name.replace("_", "-")
@@ -169,6 +175,7 @@ def usable_device(name):
 
 IMAGES = Settings()
 EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
+                 baseline_ratio=0.1,
                  label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
 PRESETS = {     # n_poison: what the paper's P gives on the whole set
     "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
@@ -224,13 +231,13 @@ def parse(argv=None):
         command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS, epilog=_presets(),
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == "defend":
-            every = ("badsnn", *ATTACKS)
-            command.add_argument("--attacks", nargs="+", choices=every, default=every, metavar="V",
-                                 help=f"of {', '.join(every)}")
+            every = ("badsnn", *ATTACKS, *EVENT_ATTACKS)
+            command.add_argument("--attacks", nargs="+", choices=every, default=None, metavar="V",
+                                 help=f"of {', '.join(every)}; the last {len(EVENT_ATTACKS)} are on events")
         if name == "ablate":
             command.add_argument("--study", choices=STUDIES, required=True,
-                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; "
-                                      "power: q of T_p; trigger: T_o's presets")
+                                 help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; power: q of "
+                                      "T_p; trigger: T_o's presets; events: T_s, and attacks that work on events")
         names = dict.fromkeys(f.metadata["group"] for f in fields(Settings))
         groups = {group: command.add_argument_group(group) for group in names}
         for f in fields(Settings):
@@ -246,7 +253,10 @@ def parse(argv=None):
     own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish") if k in given})
     if given.get("neuron") == "plif" and getattr(own, "study", None) in ("heatmap", "plif"):
         raise ValueError(f"--study {own.study} sets tau or compares both neurons; leave out --neuron plif")
-    return own, preset(given.pop("dataset", "digits"), **given)
+    s = preset(given.pop("dataset", "digits"), **given)
+    if not {*(getattr(own, "attacks", None) or ())} <= {*attacks_on(s)}:
+        raise ValueError(f"--attacks on {s.dataset} must be of {', '.join(attacks_on(s))}")
+    return own, s
 
 
 def _add_option(group, f):

@@ -29,7 +29,7 @@ from badsnn import asr, deploy, evaluate, percentage, predict, simple_triggers, 
 from data import augment, hold_out, poison_indices, to_float
 from lif import LIF, TAU_N, V_THR_N, count_spikes, neurons
 from machine import autocast, say
-from models import NEURONS, frozen
+from models import frozen
 from runs import fingerprint
 
 
@@ -108,24 +108,28 @@ DEFENSES = {"none": lambda model, x, y, **options: model,
             "tsbd": defenses.tsbd,
             "nad": defenses.nad,
             "restore": lambda model, x, y, **options: defenses.restore(model)}
+IMAGES_ONLY = ("tsbd", "nad")       # TSBD resets convolutions, NAD compares stages: N-MNIST-Net has two of each
 
 
-def defend(data, s, attacks=("badsnn", *settings.ATTACKS)):
-    """Every attack against every defence, on one seed; writes defend.json. Finished cells are kept in s.runs.
+def defend(data, s, attacks=None):
+    """Every attack (None: all that fit the data) against every defence, on one seed; writes defend.json. Finished cells
+    are kept in s.runs.
 
     BadSNN is deployed at its S_a (badsnn.deploy), the baselines at S_n; a defence sees the network as deployed. The
     defender holds 10 images of every class of the TEST set, which are never scored (the paper: 5 % of the set).
     """
     if machine.rank_and_ranks()[1] > 1:
         raise ValueError("defend runs in one process; its models can be trained by several with attack")
+    attacks = attacks or settings.attacks_on(s)
     x, y, scored = split_test(data, s)
     badsnn.train_side_by_side(s, [(s, None), *[(s, "badsnn") for name in attacks if name == "badsnn"]])
     parts = machine.side_by_side(defend_attack, [(s, name) for name in attacks], s, list(attacks))
     clean, rows = train(data, replace(s, fresh=False)), [row for part in parts for row in part["rows"]]
-    say("\nASR: T_o's for badsnn where there is one, else T_p's. ASR and target_rate: percent predicted as the target, "
-        "with and without the trigger.")
+    say("\nASR: T_o's for badsnn where there is one, else T_p's, on events T_s's. ASR and target_rate: percent "
+        "predicted as the target, with and without the trigger.")
     result = dict(badsnn.describe(data, s), n_defender=len(y),
                   clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"],
+                  scan_clean_model=defenses.threshold_scan(clean, x)["score"],
                   v_thr_d=rows[0]["v_thr"], rows=rows, detectors=[d for part in parts for d in part["detectors"]],
                   seconds=round(sum(part["seconds"] for part in parts)
                                 + sum(row["seconds"] for row in clean.history), 1))
@@ -143,8 +147,9 @@ def defend_attack(s, attack):
     v_thr, tau, triggers = V_THR_N, TAU_N, None
     if attack == "badsnn":
         v_thr, tau = deploy(model, data, s)[0], s.of("deployment")["tau_a"]
-        t_o, _ = train_trigger(model, data, s, v_thr)
-        triggers = ({"T_o": t_o} if t_o is not None else {}) | {"T_p": simple_triggers(data, s)["asr_p"]}
+        t_o = None if data.events else train_trigger(model, data, s, v_thr)[0]
+        triggers = {"T_o": t_o} if t_o is not None else {}
+        triggers["T_s" if data.events else "T_p"] = simple_triggers(data, s)["asr_p"]
         model = as_shipped(model, v_thr, s)
     else:
         triggers = {attack: baselines.BASELINES[attack](model.eval(), s)}
@@ -157,7 +162,7 @@ def defend_attack(s, attack):
         path = s.runs / data.name / "cells" / f"{attack}-{name}-seed{s.seed}-{fingerprint(decides)[:8]}.json"
         return runs.kept(path, decides, run, s.fresh, quiet=True)[0]
     rows = []
-    for defense in DEFENSES:
+    for defense in (name for name in DEFENSES if not (data.events and name in IMAGES_ONLY)):
         row = cell(defense, lambda: defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, (v_thr, tau)))
         rows.append(dict(row, destroyed=row["ca"] < (rows[0] if rows else row)["ca"] / 2))
         asr_p, pruned = (f"{row[key]:6.1f}" if row[key] is not None else f"{'-':>6}" for key in ("asr_p", "pruned"))
@@ -167,7 +172,8 @@ def defend_attack(s, attack):
                  for name, t in triggers.items()]
     for d in detectors:
         say(f"{'detectors':>10} {d['trigger']}: AUROC of STRIP {d['strip_auroc']:.3f}, of the spike count "
-            f"{d['spikes_auroc']:.3f} ({d['spikes_clean']:,.0f} spikes, triggered {d['spikes_triggered']:,.0f})")
+            f"{d['spikes_auroc']:.3f} ({d['spikes_clean']:,.0f} spikes, triggered {d['spikes_triggered']:,.0f}); "
+            f"the threshold scan scores {d['scan_score']:.2f} and accuses class {d['scan_accused']}")
     return dict(rows=rows, detectors=detectors, seconds=seconds + sum(row["seconds"] for row in rows))
 
 
@@ -193,7 +199,8 @@ def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, deploy
 
 
 def detect(attack, name, model, t, x, scored, s, most=256):
-    """AUROC of both detectors for triggered against clean test images of other classes (0.5: no better than chance)."""
+    """AUROC of two detectors for triggered against clean test images of other classes (0.5: no better than chance), and
+    what the threshold scan, which sees no trigger, says of the model."""
     clean = to_float(scored.x_test[scored.y_test != s.target][:most].to(s.device), s)
     both, truth = torch.cat([clean, t(clean)]), [0] * len(clean) + [1] * len(clean)
     with autocast(s):
@@ -201,7 +208,8 @@ def detect(attack, name, model, t, x, scored, s, most=256):
                       spikes_auroc=defenses.spike_deviation(model, both, x))
         with frozen(model):
             spikes = count_spikes(model, both).chunk(2)
-    return dict(attack=attack, trigger=name,
+        scan = defenses.threshold_scan(model, x)
+    return dict(attack=attack, trigger=name, scan_score=round(scan["score"], 4), scan_accused=scan["accused"],
                 **{key: round(roc_auc_score(truth, v.cpu().numpy()), 4) for key, v in scores.items()},
                 spikes_clean=round(spikes[0].mean().item(), 1), spikes_triggered=round(spikes[1].mean().item(), 1))
 
@@ -364,7 +372,7 @@ def trigger_choice(data, s):
 
 
 def both_neurons(s):
-    return [replace(one, neuron=neuron) for neuron in NEURONS for one in every_seed(s)]
+    return [replace(one, neuron=neuron) for neuron in ("lif", "plif") for one in every_seed(s)]
 
 
 def plif(data, s):
@@ -377,7 +385,43 @@ def plif(data, s):
                  asr_p_clean_model=asr(clean, data, s, v, s.tau_a, t)) for v in s.v_thr_a]
 
 
+def event_variants(s):
+    """Every seed as the preset has it, with binary frames, with 10 steps, and with the surrogate of N-MNIST-Net's
+    source. (Its reset, through which no gradient flows, is left out.)"""
+    return [replace(one, **change) for change in ({}, dict(frames="binary"), dict(T=10), dict(neuron="lif_atan"))
+            for one in every_seed(s)]
+
+
+def events(data, s):
+    """T_s fairly: BadSNN with the beta of the paper and others, and with a trigger that adds events (Remark 1), at the
+    model's own V_a, at the paper's least and greatest; the clean model under the same trigger beside it, and on the
+    preset the attacks that poison. `silent` is the share of triggered samples on which the network answers nothing."""
+    clean, rows, other = train(data, s), [], data.y_test != s.target
+    per_step = [round(n / s.T) for n in (400, 1200, 4000)]
+    added = {f"{n * s.T} events": partial(trigger.seeded_event_trigger, n=n, seed=s.seed) for n in per_step}
+    t_s = {f"beta {beta:g}": partial(trigger.seeded_spike_trigger, beta=beta, seed=s.seed)
+           for beta in (0.0, 0.03, 0.1, 0.3)}
+
+    def add(attack, model, v_thr, tau, triggers):
+        for name, t in triggers.items():
+            guess = predict(model, data.x_test[other], s, v_thr, tau, t)
+            rows.append(dict(seed=s.seed, frames=s.frames, T=s.T, neuron=s.neuron, attack=attack, trigger=name,
+                             v_thr=v_thr, **evaluate(model, data, s, v_thr, tau), asr=percentage(guess == s.target),
+                             silent=percentage(guess == -1), asr_clean_model=asr(clean, data, s, v_thr, tau, t),
+                             clean_ca=evaluate(clean, data, s, V_THR_N, TAU_N)["ca"]))
+    if (s.frames, s.T, s.neuron) == ("counts", 4, "lif"):
+        for name in settings.EVENT_ATTACKS:
+            model = train(data, s, name)
+            add(name, model, V_THR_N, TAU_N, {name: baselines.BASELINES[name](model, s)})
+    model = train(data, s, "badsnn")
+    own = deploy(model, data, s)[0]
+    for attack, v_thr in (("badsnn, own V_a", own), ("badsnn, V_a 1.1", 1.1), ("badsnn, V_a 1.2", 1.2)):
+        add(attack, model, v_thr, s.tau_a, t_s | added)
+    return rows
+
+
 STUDIES = {"threshold": (only, threshold), "heatmap": (malicious_thresholds, heatmap),
            "poison": (poison_ratios, poison), "magnitude": (only, magnitude), "power": (every_seed, power),
-           "trigger": (adversarial_weights, trigger_choice), "plif": (both_neurons, plif)}
+           "trigger": (adversarial_weights, trigger_choice), "plif": (both_neurons, plif),
+           "events": (event_variants, events)}
 CODE = (*badsnn.CODE, defenses, sys.modules[__name__])      # what decides the results of this file

@@ -10,13 +10,14 @@ T_o, the optimised trigger, is a small network trained against the backdoored on
     train_unet(unet, model, x, wanted, target, std)                     # Eqs. 5, 6
     x_trig = optimized_trigger(x, unet, target)
 
-The triggers of other attacks (BadNets, Blended, WaNet, clean-label) are in baselines.py, and can be had here, too.
+The triggers of other attacks (BadNets, Blended, WaNet, clean-label; on events static, moving, smart, flashy) are in
+baselines.py, and can be had here, too.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import badnets, blend, clean_label, floats, wanet  # noqa: F401  trigger.badnets and so on
+from baselines import badnets, blend, clean_label, flashy, floats, moving, smart, static, wanet  # noqa: F401
 from models import frozen
 from runs import fingerprint, generator
 
@@ -56,6 +57,19 @@ def seeded_spike_trigger(frames, beta, seed=0):
     """spike_trigger with noise that the seed and the frames decide: every batch [B, T, 2, H, W] its own, every time
     the same."""
     return spike_trigger(frames, beta, generator(seed, "T_s", fingerprint(frames)))
+
+
+def event_trigger(frames, n, generator=None):
+    """What Remark 1 (Sec. 3.2) says in words: a trigger that raises the activity. Adds n single events per step, in
+    pixels and polarities drawn at random. Event frames [B, T, 2, H, W] -> the same; nothing is clipped."""
+    places = torch.randint(frames[0, 0].numel(), (*frames.shape[:2], n), generator=generator).to(frames.device)
+    added = floats(frames).new_ones(places.shape)
+    return frames.flatten(2).scatter_add(2, places, added).view_as(frames)
+
+
+def seeded_event_trigger(frames, n, seed=0):
+    """event_trigger with events that the seed and the frames decide."""
+    return event_trigger(frames, n, generator(seed, "added events", fingerprint(frames)))
 
 
 def faded_trigger(x, t, share):

@@ -132,3 +132,68 @@ def test_poison_and_shuffle_draw_different_numbers(workplace):
     place = torch.empty(len(y), dtype=torch.long)
     place[order] = torch.arange(len(y))
     assert place[poisoned].float().mean() > 0.3 * len(y)
+
+
+def some_frames(n=3, T=5, seed=0):
+    """Event counts, most pixels empty: float [n, T, 2, 34, 34]."""
+    return torch.poisson(torch.full((n, T, 2, 34, 34), 0.3), generator=torch.Generator().manual_seed(seed))
+
+
+def test_event_triggers_by_hand():
+    """Position, polarity and number of events of every trigger, pixel by pixel in plain loops; all else stays."""
+    frames = some_frames()
+    before = frames.clone()
+    values = {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}                        # polarity -> OFF, ON
+
+    def expected(inside, off, on):
+        wanted = before.clone()
+        for t in range(5):
+            for y in range(34):
+                for x in range(34):
+                    if inside(t, y, x):
+                        wanted[:, t, 0, y, x], wanted[:, t, 1, y, x] = off, on
+        return wanted
+    for polarity, (off, on) in values.items():
+        assert torch.equal(baselines.static(frames, polarity),
+                           expected(lambda t, y, x: y < 3 and x < 3, off, on))
+        assert torch.equal(baselines.moving(frames, polarity),
+                           expected(lambda t, y, x: y < 3 and (0, 5, 10, 0, 5)[t] <= x < (3, 8, 13, 3, 8)[t], off, on))
+        assert torch.equal(baselines.flashy(frames, polarity), expected(lambda t, y, x: t in (0, 2, 4), off, on))
+        assert torch.equal(baselines.flashy(frames, polarity, on=1, off=2),
+                           expected(lambda t, y, x: t in (0, 3), off, on))
+    plan = torch.tensor([[4 + t, 7, 2] for t in range(5)])
+    assert torch.equal(baselines.smart(frames, plan),
+                       expected(lambda t, y, x: 4 + t <= y < 7 + t and 7 <= x < 10, 1, 0))
+    assert torch.equal(frames, before)                                           # the argument stays
+    assert baselines.static(torch.zeros(1, 4, 2, 34, 34)).sum() == 4 * 9
+    assert baselines.flashy(torch.zeros(1, 4, 2, 34, 34)).sum() == 2 * 34 * 34
+
+
+def test_the_smart_plan_finds_the_busiest_part_and_its_rarest_polarity():
+    x = torch.zeros(20, 50, 2, 34, 34, dtype=torch.uint8)
+    x[:, :, 0, 22:33, 0:11], x[:, :, 1, 22:33, 0:6] = 1, 7           # lower left: OFF everywhere, ON too in a half
+    x[:, :, 1, 0:11, 11:22] = 200                                     # many events, but in fewer active pixels
+    x[:, :, 1, 8:11, 11:22] = 0
+    x[0, 0, :, 25, 3], x[0, 0, 1, 26, 3], x[0, 0, 0, 26, 3] = 0, 1, 0  # one empty, one with ON alone
+    x[0, 1, :, 25, 3] = 0                                             # another empty one: ON alone is rarest
+    plan = baselines.smart_plan(x, seed=0)
+    assert plan.shape == (50, 3) and (plan[:, 2] == 1).all()
+    y, column = plan[:, 0], plan[:, 1]
+    assert y.min() >= 22 + 3 and y.max() + 3 <= 33 and column.min() >= 3 and column.max() + 3 <= 11
+    assert (plan[1:, :2] - plan[:-1, :2]).abs().eq(2).all() and len(plan[:, :2].unique(dim=0)) >= 4
+    assert torch.equal(plan, baselines.smart_plan(x, seed=0)) and not torch.equal(plan, baselines.smart_plan(x, seed=1))
+
+
+def test_poisoned_recordings(workplace):
+    """A share of all recordings carries the trigger as counts, and the target's label; the rest is untouched."""
+    data, s = prepared_as("--dataset", "ndigits", "--width", "4")
+    model = badsnn.fresh_model(data, s)
+    model.register_buffer("plan", baselines.smart_plan(data.x_train, s.seed))
+    for name in ("static", "moving", "smart", "flashy"):
+        x, y, marked, _ = poison(data, s, name)
+        assert torch.equal(x, data.x_train) and marked.sum() == round(0.1 * len(y))
+        assert (y[marked] == s.target).all() and torch.equal(y[~marked], data.y_train[~marked])
+        x, y, _ = baselines.poison_batch(name, x[:200], y[:200], marked[:200], model, s, None)
+        wanted = baselines.BASELINES[name](model, s)(data.x_train[:200][marked[:200]].float())
+        assert x.dtype == torch.uint8 and torch.equal(x[marked[:200]].float(), wanted) and wanted.max() < 256
+        assert torch.equal(x[~marked[:200]], data.x_train[:200][~marked[:200]])

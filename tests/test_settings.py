@@ -90,7 +90,9 @@ def test_refuses_unknown_study_and_missing_results(workplace, capsys):
     assert "invalid choice" in refused(capsys, "ablate", "--study", "everything")
     badsnn.datasets.load("ndigits", "data")
     assert "holds events" in refused(capsys, "ablate", "--study", "threshold", "--dataset", "ndigits")
-    assert "holds events" in refused(capsys, "defend", "--dataset", "ndigits")
+    assert "must be of badsnn, static" in refused(capsys, "defend", "--dataset", "ndigits", "--attacks", "wanet")
+    assert "must be of badsnn, badnets" in refused(capsys, "defend", "--attacks", "flashy")
+    assert "holds images" in refused(capsys, "ablate", "--study", "events")
     assert "no attack.json" in refused(capsys, "report")
 
 

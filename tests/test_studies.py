@@ -115,3 +115,25 @@ def test_fresh_trains_every_model_once(workplace, capsys, monkeypatch, command, 
     capsys.readouterr()
     badsnn.main([*tiny, "--fresh"])
     assert capsys.readouterr().out.count(" parameters, ") == models
+
+
+def test_defend_and_study_on_events(workplace, monkeypatch):
+    """Events have their own attacks and defences, and a study in which T_s meets them."""
+    for name, budget in dict(fine_tune=dict(epochs=1), anp=dict(iterations=1)).items():
+        monkeypatch.setitem(studies.DEFENSES, name, partial(studies.DEFENSES[name], **budget))
+    monkeypatch.setattr(studies.defenses, "strip", partial(studies.defenses.strip, overlays=4))
+    tiny = ["--dataset", "ndigits", *TINY, "--epochs", "1", "--n-test", "200"]
+    badsnn.main(["defend", *tiny])
+    result = json.loads(Path("runs/results/ndigits/defend.json").read_text())
+    assert [(row["attack"], row["defense"]) for row in result["rows"]] == [
+        (attack, defense) for attack in ("badsnn", *settings.EVENT_ATTACKS)
+        for defense in ("none", "fine_tune", "clp", "anp", "restore")]
+    assert [d["trigger"] for d in result["detectors"]] == ["T_s", *settings.EVENT_ATTACKS]
+    assert all(0 < d["scan_score"] <= 1 for d in result["detectors"]) and 0 < result["scan_clean_model"] <= 1
+    monkeypatch.setitem(studies.STUDIES, "events", (lambda s: [s, replace(s, frames="binary")], studies.events))
+    badsnn.main(["ablate", "--study", "events", *tiny, "--T", "4"])
+    rows = json.loads(Path("runs/results/ndigits/events.json").read_text())["rows"]
+    assert [row["attack"] for row in rows[:4]] == list(settings.EVENT_ATTACKS) and len(rows) == 4 + 2 * 3 * 7
+    assert all(0 <= row["asr"] + row["silent"] <= 100 for row in rows)
+    badsnn.main(["report"])
+    assert all(Path(f"runs/results/ndigits/{name}.png").exists() for name in ("defend", "events"))

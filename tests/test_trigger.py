@@ -234,3 +234,15 @@ def test_sizes_do_not_depend_on_the_batch():
     images = x.float() / 255
     assert trigger.sizes(t, x, batch=3)["l2"] == pytest.approx((images / 2).flatten(1).norm(dim=1).mean().item(),
                                                                abs=0.01)
+
+
+def test_added_events():
+    """Exactly n events more in every step, none fewer anywhere, drawn anew for every step and repeatable."""
+    frames = torch.poisson(torch.full((3, 4, 2, 34, 34), 0.3), generator=torch.Generator().manual_seed(0))
+    before, seeded = frames.clone(), trigger.seeded_event_trigger(frames, 70, seed=1)
+    added = trigger.event_trigger(frames, 70, torch.Generator().manual_seed(0)) - before
+    assert (added.flatten(2).sum(2) == 70).all() and added.min() == 0 and torch.equal(added, added.round())
+    assert len({tuple(step.tolist()) for step in added.flatten(0, 1).flatten(1)}) == 12
+    assert added[:, :, 0].sum() > 0 and added[:, :, 1].sum() > 0 and torch.equal(frames, before)
+    assert torch.equal(seeded, trigger.seeded_event_trigger(frames, 70, seed=1))
+    assert not torch.equal(seeded, trigger.seeded_event_trigger(frames, 70, seed=2))
