@@ -220,11 +220,13 @@ def nmnist(root, T):
         except (OSError, ValueError) as error:
             skipped.append(f"{'/'.join(file.parts[-3:])} ({error})")
     if skipped:
-        print(f"nmnist left out {len(skipped)} of {len(train + test)} recordings, as {', '.join(skipped[:3])}")
+        rest = f" and {len(skipped) - 20} more" if len(skipped) > 20 else ""
+        print(f"nmnist left out {len(skipped)} of {len(train + test)} recordings: {', '.join(skipped[:20])}{rest}")
     y = np.array([int(file.parent.name) for file in good], dtype=int)
     counts = np.bincount(y, minlength=2).tolist()
     need(min(counts) > 1, f"{root}/NMNIST has {counts} usable recordings of the digits 0, 1, ...; each needs 2 or more")
     x, note = np.stack(frames), f"{len(y):,} of N-MNIST's 70,000 recordings"
+    note += f", {len(skipped)} damaged or too short ones left out" if skipped else ""
     if (len(train), len(test)) == (60000, 10000):
         n = len({*good} & {*train})
         return dict(x_train=x[:n], y_train=y[:n], x_test=x[n:], y_test=y[n:], note=note)

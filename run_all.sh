@@ -55,6 +55,7 @@ case $command in
         echo "Every table and figure in small, on digits and ndigits: 12 to 30 minutes on 2 cores, the story first."
         "$python" badsnn.py story "$@"
         "$python" badsnn.py attack --dataset ndigits "$@"
+        "$python" badsnn.py defend --dataset ndigits "$@"
         "$python" badsnn.py defend --dataset digits "$@"
         for study in threshold magnitude power heatmap plif poison; do
             "$python" badsnn.py ablate --dataset digits --study "$study" "$@"

@@ -26,7 +26,7 @@ import trigger
 ROOT = Path(badsnn.__file__).parent
 MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, lif, machine, models,
                                                   report, runs, settings, studies, trigger)}
-LINES = dict(lif=200, fused=250, models=220, data=300, baselines=240, trigger=300, defenses=410, badsnn=430,
+LINES = dict(lif=200, fused=250, models=220, data=302, baselines=240, trigger=300, defenses=410, badsnn=430,
              studies=435, report=480, settings=290, runs=220, machine=200)       # at most
 FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
           {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"report"}]
