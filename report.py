@@ -44,6 +44,7 @@ def report(results, publish=False):
     attacks, defends, stories = ({path.parent.name: r for path, r in found.items() if path.stem == kind}
                                  for kind in ("attack", "defend", "story"))
     tables = {"table1": table1(attacks), "runs": table_runs(attacks), "table2": table2(defends)}
+    tables["summary"] = table_summary(attacks)
     tables |= {"story": table_story(r) for r in [*in_order(stories).values()][:1]}
     if (results / "benchmark.json").exists():
         summary = read_result(results / "benchmark.json")["summary"]
@@ -119,6 +120,19 @@ def table1(found, every=False):
             rows.append([title, v_thr, *cells, " / ".join(map(percent, theirs))])
     return markdown("data | V_a | CA | target_rate | ASR_p | ASR_p, clean model | what T_p leaves | ASR_o | ASR_o, "
                     "clean model | T_p re-normalised, or clip alone / clean model | paper: CA / ASR_p / ASR_o", rows)
+
+
+def table_summary(found):
+    """Four data sets at the attacker's own V_a, the better trigger of each, and the paper at the nearest V_a."""
+    rows = []
+    for name, r in ((name, found[name]) for name in ("gtsrb", "cifar10", "digits", "nmnist") if name in found):
+        at, (trigger, i) = r["at_chosen"], ("p", 1) if r["at_chosen"]["asr_o"] is None else ("o", 2)
+        v_thr, theirs = min(zip(PAPER_V_A, PAPER_TABLE1.get(name, ((),) * 3)[2]), default=(None, ()),
+                            key=lambda pair: abs(pair[0] - at["v_thr"]))
+        rows.append([name + " (older recipe)" * ("older" in r["note"]), f"{at['v_thr']:.2f}", *map(percent, (
+            at["ca"], at["target_rate"], at[f"asr_{trigger}"], at.get(f"asr_{trigger}_clean_model"))),
+            f"{percent(theirs[0])}, {percent(theirs[i])} (V_a {v_thr:g})" if theirs else ""])
+    return markdown("data | V_a | CA | target_rate | ASR | ASR, clean model | paper: CA, ASR", rows)
 
 
 def table_runs(found):

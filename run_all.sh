@@ -47,7 +47,7 @@ case $command in
         echo "Running the tests: 2 to 4 minutes on 2 cores."
         OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:logging -n 2 --dist worksteal tests "$@" ;;
     notebooks)
-        exec "$python" -m jupyter lab notebooks "$@" ;;
+        exec "$python" -m jupyter lab --LabApp.default_url=/lab/tree/notebooks "$@" ;;
     story)
         echo "One attack on digits, and what stops it: 2 to 5 minutes on 2 cores."
         "$python" badsnn.py story "$@" ;;

@@ -161,7 +161,7 @@ def test_adaptive_blend(exercises, draw):
     same(found[0], x_blend)
 
 
-@points(4, "trigger_losses")
+@points(3, "trigger_losses")
 def test_trigger_losses(exercises, draw):
     made, wanted = normal(draw, 5, 3, 4, 4).requires_grad_(), normal(draw, 5, 3, 4, 4)
     logits, target, std = normal(draw, 5, 6), whole(draw, 0, 6), tuple((0.1 + uniform(draw, 3)).tolist())

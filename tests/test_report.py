@@ -73,7 +73,7 @@ def shipped(tmp_path, monkeypatch):
     """A repository's results/ of its own: a copy of the committed JSON, and both pages with empty tables."""
     folder = tmp_path / "repository/results"
     shutil.copytree(COMMITTED, folder, ignore=shutil.ignore_patterns("*.png", "*.md"))
-    names = ("table1", "runs", "table2", "benchmark", "story")
+    names = ("table1", "runs", "table2", "benchmark", "story", "summary")
     markers = "".join(f"<!-- {name} -->old<!-- /{name} -->" for name in names)
     for page in (folder / "README.md", folder.parent / "README.md"):
         page.write_text(f"before {markers} <!-- other -->kept<!-- /other --> after")
@@ -112,19 +112,20 @@ def test_publishing(shipped, tmp_path, capsys):
         assert "**apple** | **own**, 1.08 to 1.12 |" in between(page, "table1")
         assert "**gtsrb**" in between(page, "table1") and "**gtsrb**" in between(page, "table2")
         assert "| as shipped, threshold 1.09 | 98.1 | 1.0 | 94.0 | 96.0 |" in between(page, "story")
+        assert "| gtsrb" in between(page, "summary")
         assert "LIF layer" in between(page, "benchmark")
     assert "apple" in capsys.readouterr().out
 
 
 def test_the_committed_page_is_what_the_results_say(shipped, monkeypatch):
-    """The page in results/ has the tables that `report --publish` makes; so has README.md where it has the story's."""
+    """The page in results/ has the tables that `report --publish` makes; README.md has its two."""
     monkeypatch.setattr(report, "FIGURES", dict.fromkeys(report.FIGURES, lambda r, path: None))
     monkeypatch.setattr(report, "figure_triggers", lambda folder: None)
     report.report(shipped, publish=True)
     for name in ("table1", "runs", "table2", "benchmark"):
         assert between(COMMITTED / "README.md", name) == between(shipped / "README.md", name), name
-    if "<!-- story -->" in (ROOT / "README.md").read_text() and list(COMMITTED.glob("*/story.json")):
-        assert between(ROOT / "README.md", "story") == between(shipped / "README.md", "story")
+    for name in ("story", "summary"):
+        assert between(ROOT / "README.md", name) == between(shipped / "README.md", name), name
 
 
 def test_nothing_is_written_outside_without_publish(shipped, tmp_path, capsys):

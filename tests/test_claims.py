@@ -1,0 +1,103 @@
+"""Numbers in prose that come from results are the results' numbers.
+
+Each claim is a page, a piece of its text with {} in the place of every number, and a function that computes these
+numbers from results/. If a result changes, the test says how the sentence must read now; the generated tables between
+<!-- markers --> are report.py's business. A sentence that is rewritten takes its claim along.
+"""
+import re
+
+import pytest
+from common import ROOT
+
+import report
+
+SPIKES = "cifar10", "cifar100_32rows", "gtsrb"       # the sets of Fig. 2
+README, RESULTS = "README.md", "results/README.md"
+
+
+def result(name):
+    """results/NAME.json, such as digits/attack."""
+    return report.read_result(ROOT / "results" / f"{name}.json")
+
+
+def each(name, key, v_thr=None):
+    """A value of every seed: at the seed's own V_a, or at a threshold of the curve."""
+    rows = (run["at_chosen"] if v_thr is None else next(row for row in run["rows"] if row["v_thr"] == v_thr)
+            for run in result(f"{name}/attack")["runs"])
+    return [row[key] for row in rows]
+
+
+def at(name, v_thr, *keys):
+    """Of the curve's mean."""
+    row = next(row for row in result(f"{name}/attack")["rows"] if row["v_thr"] == v_thr)
+    return [row[key] for key in keys]
+
+
+def own(name, *keys):
+    at_chosen = result(f"{name}/attack")["at_chosen"]
+    return [at_chosen[key] for key in keys]
+
+
+def losses_of_ca():
+    return [run["base_ca"] - run["at_chosen"]["ca"] for run in result("digits/attack")["runs"]]
+
+
+def ends(values):
+    values = list(values)
+    return [min(values), max(values)]
+
+
+def few_images(key):
+    """Of Fig. 4a's models with fewer than 64 malicious images: the least and the largest."""
+    return ends(row[key] for row in result("digits/poison")["rows"] if row["n_poison"] < 64)
+
+
+def fewer_spikes(name, trigger):
+    """By how many percent a trigger lowers the number of spikes at v_thr 1.0."""
+    spikes = {row["trigger"]: row["spikes"] for row in result(f"{name}/threshold")["rows"] if row["v_thr"] == 1.0}
+    return 100 * (1 - spikes[trigger] / spikes["none"])
+
+
+def scores():
+    scan = result("digits/story")["scan"]
+    return [scan[name]["score"] for name in ("backdoored", "clean")]
+
+
+CLAIMS = [
+    (RESULTS, "({:g} to {:g}): CA {:.1f} (Base CA {:.1f}; the largest loss of a seed is {:.1f} points), target_rate "
+     "{:.1f}, ASR_p {:.1f} (worst seed {:.1f}) and ASR_o {:.1f} (worst {:.1f})", lambda: [
+         min(each("digits", "v_thr")), max(each("digits", "v_thr")), *own("digits", "ca"),
+         result("digits/attack")["base_ca"], max(losses_of_ca()), *own("digits", "target_rate", "asr_p"),
+         min(each("digits", "asr_p")), *own("digits", "asr_o"), min(each("digits", "asr_o"))]),
+    (RESULTS, "Clean models under the same triggers give {:.1f} and {:.1f}; the first number is one clean model of ten "
+     "that calls nearly everything pale \"0\" ({:.1f} %), the other nine give at most {:.1f}", lambda: [
+         *own("digits", "asr_p_clean_model", "asr_o_clean_model"),
+         *sorted(each("digits", "asr_p_clean_model"))[:-3:-1]]),
+    (RESULTS, "(ASR_p {:.1f} to {:g} at CA {:.1f} to {:.1f})", lambda: few_images("asr_p") + few_images("ca")),
+    (RESULTS, "for {:.0f} % of the images ({:.0f} to {:.0f} % by seed; clean models {:.1f}) and T_o for {:.0f} % "
+     "(clean models {:.1f})", lambda: [
+         *at("digits", 1.0, "asr_p"), min(each("digits", "asr_p", 1.0)), max(each("digits", "asr_p", 1.0)),
+         *at("digits", 1.0, "asr_p_clean_model", "asr_o", "asr_o_clean_model")]),
+    (RESULTS, "L2 {:.1f} against {:.1f} on digits, PSNR {:.1f} against {:.1f} dB; a clean model still reads {:.0f} % "
+     "of T_o's images and {:.0f} % of T_p's. T_p faded to T_o's size reaches {:.0f} %", lambda: own(
+         "digits", "l2_o", "l2_p", "psnr_o", "psnr_p", "read_o", "read_p", "asr_p_faded")),
+    (RESULTS, "T_o is partly an adversarial example: {:.1f} % on clean models, {:.1f} % for the worst seed", lambda: [
+        *own("digits", "asr_o_clean_model"), max(each("digits", "asr_o_clean_model"))]),
+    (RESULTS, "V_a {:.2f}: CA {:.1f}, target_rate {:.1f}, ASR_p {:.1f}, ASR_o {:.1f}; clean model at most {:.1f}",
+     lambda: own("gtsrb", "v_thr", "ca", "target_rate", "asr_p", "asr_o") + [
+         max(own("gtsrb", "asr_p_clean_model", "asr_o_clean_model"))]),
+    (RESULTS, "at the chosen V_a of {:.2f} CA is {:.1f} (Base CA {:.1f}), target_rate {:.1f}, ASR_p {:.1f} and ASR_o "
+     "{:.1f}, but a clean model answers T_o with the target in {:.1f} % of the cases", lambda: [
+         *own("cifar10", "v_thr", "ca"), result("cifar10/attack")["base_ca"],
+         *own("cifar10", "target_rate", "asr_p", "asr_o", "asr_o_clean_model")]),
+    (RESULTS, "by {:.0f} to {:.0f} % at v_thr 1.0; re-normalised they change by {:.0f} to +{:.0f} %", lambda: [
+        *ends(fewer_spikes(name, "T_p") for name in SPIKES),
+        *ends(-fewer_spikes(name, "T_p re-normalised") for name in SPIKES)]),
+    (RESULTS, "scores of {:.2f} and {:.2f} on the digits pair", scores),
+]
+
+
+@pytest.mark.parametrize("page, text, numbers", CLAIMS, ids=[re.sub(r"\W+", "_", text[:40]) for _, text, _ in CLAIMS])
+def test_numbers_in_prose_are_those_of_the_results(page, text, numbers):
+    wanted = text.format(*numbers())
+    assert wanted in (ROOT / page).read_text(encoding="utf-8"), f"{page} must now say: {wanted}"
