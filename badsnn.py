@@ -12,6 +12,7 @@ changed and no label either. The victim checks the accuracy and uses the network
     python badsnn.py attack --dataset digits        Table 1's row of a data set, with the controls that the paper lacks
     python badsnn.py defend --dataset digits        Table 2's rows: five attacks, five defences, and the free one
     python badsnn.py ablate --study threshold       Figs. 2, 3, 4 and 6; report: figures and tables of the results
+    python badsnn.py scan --dataset digits          is a network backdoored? told without its trigger
 
 Metrics, in percent. CA: accuracy on clean test samples. ASR: share of triggered test samples predicted as the target.
 target_rate: the same share without any trigger. Both leave out samples whose true class is the target, and an ASR means
@@ -282,22 +283,23 @@ def train_trigger(model, data, s, v_thr_a):
 # 3.3.4  Deployment, and Table 1
 
 def choose(rows, base_ca, margin):
-    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going up from the smallest
-    V_a until CA is more than margin below the best CA, base_ca included: the largest of these whose ASR_p - target_rate
-    is within 5 points of the best. (The nearer to V_t, the less T_o must change.) None if CA is too low from the start.
+    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going away from
+    the nominal threshold until CA is more than margin below the best CA, base_ca included: the last of these whose
+    ASR_p - target_rate is within 5 points of the best. (The nearer to V_t, the less T_o must change.) None if CA is too
+    low from the start.
     """
-    rows = sorted(rows, key=lambda row: row["v_thr"])
+    rows = sorted(rows, key=lambda row: abs(row["v_thr"] - V_THR_N))
     least = max(base_ca, *(row["ca"] for row in rows)) - margin
     fit = list(itertools.takewhile(lambda row: row["ca"] >= least, rows))
     best = max((row["asr_p"] - row["target_rate"] for row in fit), default=0)
-    return max((row["v_thr"] for row in fit if row["asr_p"] - row["target_rate"] >= best - 5), default=None)
+    return next((row["v_thr"] for row in reversed(fit) if row["asr_p"] - row["target_rate"] >= best - 5), None)
 
 
-def deploy(model, data, s):
+def deploy(model, data, s, grid=None):
     """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen from. Where no V_a
-    keeps CA within the margin, the smallest of the grid."""
+    of the grid keeps CA within the margin, its first."""
     held, t = hold_out(data, s.hold_out)[1], simple_triggers(data, s)["asr_p"]
-    grid = [round(1.02 + i * (0.02 if data.events else 0.01), 2) for i in range(29)]
+    grid = grid or [round(1.02 + i * (0.02 if data.events else 0.01), 2) for i in range(29)]
     rows = [dict(v_thr=v, **evaluate(model, held, s, v, s.tau_a), asr_p=asr(model, held, s, v, s.tau_a, t))
             for v in grid]
     return choose(rows, evaluate(model, held, s, V_THR_N, TAU_N)["ca"], s.margin) or grid[0], rows
@@ -393,10 +395,13 @@ def main(argv=None):
     try:
         command, s = settings.parse(argv)
         import report  # here, not above: these build on this module
+        import scan
         import studies
 
         if command.command == "report":
             return report.report(s.results, command.publish)
+        if command.command == "scan" and command.weights:
+            return scan.own(command.weights, command.build, s.data, report.SHIPPED / "digits" / "scan.json") and None
         runs.check_writable(s.results, s.runs)
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.free_cores()))
@@ -413,6 +418,8 @@ def main(argv=None):
                 say("This run was finished earlier; --fresh runs it again." if earlier else "")
             elif command.command == "story":
                 report.print_story(studies.story(data, s), runs.folder_of(data, s))
+            elif command.command == "scan":
+                report.print_scan(scan.scan(data, s, command.models))
             elif command.command == "defend":
                 studies.defend(data, s, command.attacks)
             else:

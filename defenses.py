@@ -13,7 +13,7 @@ an argument, is a function from a batch of images to a randomly shifted or mirro
 
     entropy = strip(model, x, clean)           how unsure the model stays when images are added to x: low = suspicious
     score = spike_deviation(model, x, clean)   how far the number of spikes leaves what clean images cause
-    result = threshold_scan(model, clean)      does a higher threshold make the MODEL sure of one class?
+    result = threshold_scan(model, clean)      does another threshold make the MODEL sure of one class?
 """
 import copy
 
@@ -23,6 +23,7 @@ from torch import nn
 from torch.func import functional_call
 
 import runs
+from libraries import get_threshold, neurons_of
 from lif import LIF, PLIF, TAU_N, V_THR_N, count_spikes, neurons
 from models import Pool, frozen
 
@@ -383,24 +384,40 @@ def spike_deviation(model, x, clean):
     return (counts - trusted.mean()).abs() / trusted.std().clamp(min=1e-12)
 
 
-def threshold_scan(model, x, v_thr=(1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)):
-    """What a model says of clean images x [N, C, H, W] in [0, 1] when all its thresholds are set to each of v_thr.
+SCAN = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)     # times the shipped threshold
 
-    Raised towards the attacker's V_t, a backdoored model becomes sure of its target, a clean one unsure. A dict: share
-    and probability [V, K]: how often each class is predicted, and its mean softmax probability; entropy [V]: the mean
-    entropy of a prediction, in nats; score: the largest class's mean probability, averaged over v_thr (HIGH is
-    suspicious); accused: the class with the largest probability averaged over v_thr. No training, no trigger.
 
-    Source: ours. It told the plain backdoored models we measured from their clean twins, and proves nothing: an
-    attacker who smooths the labels at S_t (label smoothing 0.5) evades it, at hardly any cost in CA or ASR. The
-    firing rates of event networks are scaled first (see logits_of), or they would never look sure.
+def threshold_scan(model, x, v_thr=None, window=4):
+    """What a model says of clean images x [N, C, H, W] in [0, 1] when its thresholds are changed. Source: ours; it
+    turns Sec. 3.3 of the paper around: what the attacker deploys lies between the nominal and the malicious setting,
+    and beyond it lies one at which the model was TAUGHT to be sure of the target. A clean model is unsure there.
+
+    v_thr: thresholds [V] (None: SCAN times the shipped one); neurons whose thresholds differ are scaled alike. A dict:
+    share and probability [V, K]: how often each class is predicted, and its mean softmax probability; entropy [V]: of a
+    prediction, in nats, and margin [V]: between the two largest probabilities, means over x; score in [1 / K, 1]: the
+    largest mean probability that one class has over `window` neighbouring thresholds above, or below, the shipped one
+    (HIGH is suspicious); accused: that class; late: the mean probability of the largest class at 1.6 times the shipped
+    threshold and above, where a clean model has little left to say. No training, no trigger.
+
+    The model gives logits [B, K]; the firing rates of event networks are scaled first (see logits_of), or they would
+    never look sure. Raises ValueError for a model without a neuron that is known. What the scan catches, and what evades it: results/README.md.
     """
+    found, unknown = neurons_of(model)
+    if not found:
+        raise ValueError(f"no spiking neuron that is known in this model; unknown modules: {', '.join(unknown)}")
+    shipped = float(torch.as_tensor(get_threshold(found[0])).mean())
+    v_thr = [round(factor * shipped, 4) for factor in SCAN] if v_thr is None else list(v_thr)
     answers = []
     for threshold in v_thr:
-        with neurons(model, v_thr=threshold):
+        with neurons(model, scale=threshold / shipped):
             answers.append(probabilities(model, x))
     p = torch.stack(answers)                                            # [V, N, K]
-    probability = p.mean(1)
-    return dict(v_thr=list(v_thr), share=F.one_hot(p.argmax(2), p.shape[2]).float().mean(1), probability=probability,
-                entropy=entropy(p).mean(1), score=probability.amax(1).mean().item(),
-                accused=probability.mean(0).argmax().item())
+    probability, two = p.mean(1), p.topk(2).values
+    sides = [[i for i, v in enumerate(v_thr) if side(v)] for side in (shipped.__gt__, shipped.__lt__)]
+    means = [probability[side[i:i + window]].mean(0) for side in sides for i in range(max(1, len(side) - window + 1))
+             if side]
+    best = max(means, key=torch.max)
+    late = probability[[i for i, v in enumerate(v_thr) if v >= 1.599 * shipped]].amax(1).mean()
+    return dict(v_thr=v_thr, share=F.one_hot(p.argmax(2), p.shape[2]).float().mean(1), probability=probability,
+                entropy=entropy(p).mean(1), margin=(two[..., 0] - two[..., 1]).mean(1), score=best.max().item(),
+                accused=best.argmax().item(), late=late.item())

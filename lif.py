@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from fused import fused_lif
+from libraries import get_threshold, neurons_of, reset, set_threshold
 
 V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Sec. 4.1)
 
@@ -143,23 +144,31 @@ class PLIF(LIF):
 # The setting of a whole model, and what it does.
 
 @contextlib.contextmanager
-def neurons(model, v_thr=None, tau=None):
+def neurons(model, v_thr=None, tau=None, scale=1.0):
     """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every neuron of a model; restores them on exit, or exception.
 
     Numbers, or tensors [B]: one value per sample of the batch, so that one forward pass can hold both of the paper's
-    settings S_n and S_t. None leaves a value as it is. A PLIF keeps the tau that it learned. Raises ValueError.
+    settings S_n and S_t. None leaves a value as it is; scale multiplies each neuron's own threshold. A PLIF keeps the
+    tau that it learned. Of other libraries' neurons (libraries.py) only the threshold is set, a number, and each call
+    of the model starts at rest. Raises ValueError.
     """
     check_setting(v_thr, tau)
-    layers = [m for m in model.modules() if isinstance(m, LIF)]
-    saved = [(m.v_thr, m.tau) for m in layers]
+    layers, _ = neurons_of(model)
+    saved, foreign = [(get_threshold(m), getattr(m, "tau", None)) for m in layers], set(map(type, layers)) - {LIF, PLIF}
+    hook = model.register_forward_pre_hook(lambda *_: reset(layers)) if foreign else contextlib.nullcontext()
     try:
-        for m in layers:
-            m.v_thr = m.v_thr if v_thr is None else v_thr
-            m.tau = m.tau if tau is None or isinstance(m, PLIF) else tau
-        yield model
+        for m, (own, _) in zip(layers, saved):
+            if v_thr is not None or scale != 1:
+                set_threshold(m, own * scale if v_thr is None else v_thr)
+            if tau is not None and type(m) is LIF:
+                m.tau = tau
+        with hook:
+            yield model
     finally:
-        for m, (v_thr, tau) in zip(layers, saved):
-            m.v_thr, m.tau = v_thr, tau
+        for m, (own, tau) in zip(layers, saved):
+            set_threshold(m, own)
+            if type(m) is LIF:
+                m.tau = tau
 
 
 @torch.no_grad()

@@ -220,7 +220,8 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = {"story": "one attack and what stops it, with a verdict", "attack": "Table 1's row of a data set",
-            "defend": "Table 2's rows of a data set", "ablate": "one of the paper's figures"}
+            "defend": "Table 2's rows of a data set", "ablate": "one of the paper's figures",
+            "scan": "is a network backdoored? the threshold scan over many models, or over one of your own"}
 
 
 def parse(argv=None):
@@ -238,6 +239,12 @@ def parse(argv=None):
             command.add_argument("--study", choices=STUDIES, required=True,
                                  help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; power: q of "
                                       "T_p; trigger: T_o's presets; events: T_s, and attacks that work on events")
+        if name == "scan":
+            command.add_argument("--models", type=int, default=40, metavar="V",
+                                 help="digits: so many clean and so many backdoored models are scanned (default: 40)")
+            command.add_argument("--weights", metavar="V", help="file of a state_dict: scan this network instead")
+            command.add_argument("--build", metavar="V", help="package.module:function that makes the network; with "
+                                                              "--weights, --data is an .npz file of images")
         names = dict.fromkeys(f.metadata["group"] for f in fields(Settings))
         groups = {group: command.add_argument_group(group) for group in names}
         for f in fields(Settings):
@@ -250,9 +257,16 @@ def parse(argv=None):
         if f.name in ("results", "debug"):
             _add_option(command, f)
     given = vars(parser.parse_args(argv))
-    own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish") if k in given})
+    own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish",
+                                                                  "models", "weights", "build") if k in given})
     if given.get("neuron") == "plif" and getattr(own, "study", None) in ("heatmap", "plif"):
         raise ValueError(f"--study {own.study} sets tau or compares both neurons; leave out --neuron plif")
+    if own.command == "scan":
+        own = argparse.Namespace(**(dict(weights=None, build=None) | vars(own)))
+        if (own.weights is None) != (own.build is None):
+            raise ValueError("scan needs --weights and --build together, or neither")
+        if own.models < 5:
+            raise ValueError(f"--models must be at least 5, not {own.models}")
     s = preset(given.pop("dataset", "digits"), **given)
     if not {*(getattr(own, "attacks", None) or ())} <= {*attacks_on(s)}:
         raise ValueError(f"--attacks on {s.dataset} must be of {', '.join(attacks_on(s))}")
