@@ -405,7 +405,8 @@ def threshold_scan(model, x, v_thr=None, window=4):
     found, unknown = neurons_of(model)
     if not found:
         raise ValueError(f"no spiking neuron that is known in this model; unknown modules: {', '.join(unknown)}")
-    shipped = float(torch.as_tensor(get_threshold(found[0])).mean())
+    shipped = get_threshold(found[0])
+    shipped = float(shipped.mean() if isinstance(shipped, torch.Tensor) else shipped)
     v_thr = [round(factor * shipped, 4) for factor in SCAN] if v_thr is None else list(v_thr)
     answers = []
     for threshold in v_thr:
@@ -413,11 +414,19 @@ def threshold_scan(model, x, v_thr=None, window=4):
             answers.append(probabilities(model, x))
     p = torch.stack(answers)                                            # [V, N, K]
     probability, two = p.mean(1), p.topk(2).values
-    sides = [[i for i, v in enumerate(v_thr) if side(v)] for side in (shipped.__gt__, shipped.__lt__)]
-    means = [probability[side[i:i + window]].mean(0) for side in sides for i in range(max(1, len(side) - window + 1))
-             if side]
-    best = max(means, key=torch.max)
+    score, accused = scan_score(*(probability[[i for i, v in enumerate(v_thr) if side(v)]]
+                                  for side in (shipped.__gt__, shipped.__lt__)), window)
     late = probability[[i for i, v in enumerate(v_thr) if v >= 1.599 * shipped]].amax(1).mean()
     return dict(v_thr=v_thr, share=F.one_hot(p.argmax(2), p.shape[2]).float().mean(1), probability=probability,
-                entropy=entropy(p).mean(1), margin=(two[..., 0] - two[..., 1]).mean(1), score=best.max().item(),
-                accused=best.argmax().item(), late=late.item())
+                entropy=entropy(p).mean(1), margin=(two[..., 0] - two[..., 1]).mean(1), score=score,
+                accused=accused, late=late.item())
+
+
+def scan_score(below, above, window):
+    """The scan's verdict: (score, accused). below, above: mean probabilities [V, K] of the classes at thresholds on
+    either side of the shipped one, in ascending order. The largest mean that one class has over `window` neighbouring
+    rows of one side (or over the side, if it is shorter), and that class."""
+    means = [side[i:i + window].mean(0) for side in (below, above) for i in range(max(1, len(side) - window + 1))
+             if len(side)]
+    best = max(means, key=torch.max)
+    return best.max().item(), best.argmax().item()

@@ -1,7 +1,8 @@
 """Neurons of other libraries: where each keeps its threshold, so that lif.neurons and the threshold scan work on them.
 
     found, unknown = neurons_of(model)      the neurons, and classes of modules that may be neurons
-    get_threshold(neuron), set_threshold(neuron, 1.5)
+    get_threshold(neuron)                   a number or a tensor
+    before = set_threshold(neuron, 1.5)     and later put_back(neuron, before)
     reset(neurons)                          some libraries keep the membrane potential between calls; this clears it
 
 Known are the neurons of this repository, SpikingJelly, snnTorch, norse and sinabs, and classes derived from them. A
@@ -10,10 +11,10 @@ further library needs one entry in PACKAGES if its neurons keep the threshold in
 import torch
 from torch import nn
 
-# package -> the attribute of its neurons that is the threshold; norse keeps it in a named tuple p, as v_th
-PACKAGES = {"lif": "v_thr", "spikingjelly": "v_threshold", "snntorch": "threshold", "sinabs": "spike_threshold",
-            "norse": "p"}
-RESETS = ("reset", "reset_mem", "reset_states")         # of SpikingJelly, snnTorch and sinabs; norse passes its state
+# package -> the attribute of its neurons that is the threshold (norse keeps it in a named tuple p, as v_th), and the
+# method that puts a neuron to rest
+PACKAGES = {"lif": ("v_thr", None), "spikingjelly": ("v_threshold", "reset"), "snntorch": ("threshold", "reset_mem"),
+            "sinabs": ("spike_threshold", "reset_states"), "norse": ("p", None)}
 
 
 def neurons_of(model):
@@ -23,7 +24,7 @@ def neurons_of(model):
     for name, m in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in found):        # a part of a neuron, such as its surrogate
             continue
-        if _attribute(m):
+        if _entry(m):
             found[name] = m
         elif not any(m.children()) and not any(base.__module__.startswith("torch.") for base in type(m).__mro__
                                                if base is not nn.Module):
@@ -31,39 +32,43 @@ def neurons_of(model):
     return list(found.values()), sorted(unknown)
 
 
-def _attribute(m):
-    """The name of a neuron's threshold; None where m is no neuron that is known."""
+def _entry(m):
+    """A neuron's entry in PACKAGES; None where m is no neuron that is known."""
     for base in type(m).__mro__:
-        name = PACKAGES.get(base.__module__.split(".")[0])
+        name, rest = PACKAGES.get(base.__module__.split(".")[0], ("", None))
         if name and hasattr(m, name) and (name != "p" or hasattr(m.p, "v_th")):
-            return name
+            return name, rest
     return None
 
 
 def get_threshold(m):
-    """The threshold of a neuron: a number or a tensor that later changes leave alone."""
-    value = getattr(m, _attribute(m))
-    value = value.v_th if _attribute(m) == "p" else value
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    """The threshold of a neuron: a number or a tensor."""
+    value = getattr(m, _entry(m)[0])
+    value = getattr(value, "v_th", value)       # norse
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-@torch.no_grad()
 def set_threshold(m, value):
-    """Sets the threshold of a neuron; where the library keeps a tensor, a number fills it."""
-    name, old = _attribute(m), getattr(m, _attribute(m))
+    """Sets the threshold of a neuron, in the library's own form, and returns what it had kept. Nothing is changed in
+    place, so that gradients of an earlier pass stay right."""
+    name = _entry(m)[0]
+    before = getattr(m, name)
     if name == "p":
-        m.p = m.p._replace(v_th=torch.as_tensor(value))
-    elif isinstance(old, nn.Parameter):
-        old.copy_(torch.as_tensor(value))
-    elif isinstance(old, torch.Tensor) and name != "v_thr":
-        setattr(m, name, torch.as_tensor(value, dtype=old.dtype, device=old.device))
-    else:
-        setattr(m, name, value)
+        value = before._replace(v_th=torch.as_tensor(value))
+    elif name != "v_thr" and isinstance(before, torch.Tensor):
+        value = torch.as_tensor(value, dtype=before.dtype, device=before.device)
+        value = nn.Parameter(value, before.requires_grad) if isinstance(before, nn.Parameter) else value
+    setattr(m, name, value)
+    return before
+
+
+def put_back(m, before):
+    """Undoes set_threshold."""
+    setattr(m, _entry(m)[0], before)
 
 
 def reset(neurons):
     """Puts every neuron to rest that keeps its potential between calls."""
     for m in neurons:
-        for name in RESETS:
-            if hasattr(m, name):
-                getattr(m, name)()
+        if _entry(m)[1]:
+            getattr(m, _entry(m)[1], lambda: None)()

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from fused import fused_lif
-from libraries import get_threshold, neurons_of, reset, set_threshold
+from libraries import get_threshold, neurons_of, put_back, reset, set_threshold
 
 V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Sec. 4.1)
 
@@ -154,21 +154,21 @@ def neurons(model, v_thr=None, tau=None, scale=1.0):
     """
     check_setting(v_thr, tau)
     layers, _ = neurons_of(model)
-    saved, foreign = [(get_threshold(m), getattr(m, "tau", None)) for m in layers], set(map(type, layers)) - {LIF, PLIF}
-    hook = model.register_forward_pre_hook(lambda *_: reset(layers)) if foreign else contextlib.nullcontext()
+    saved, foreign = [], [m for m in layers if not isinstance(m, LIF)]
+    hook = model.register_forward_pre_hook(lambda *_: reset(foreign)) if foreign else contextlib.nullcontext()
     try:
-        for m, (own, _) in zip(layers, saved):
-            if v_thr is not None or scale != 1:
-                set_threshold(m, own * scale if v_thr is None else v_thr)
-            if tau is not None and type(m) is LIF:
+        for m in layers:
+            tau_before = getattr(m, "tau", None)
+            saved.append((set_threshold(m, get_threshold(m) * scale if v_thr is None else v_thr), tau_before))
+            if tau is not None and isinstance(m, LIF) and not isinstance(m, PLIF):
                 m.tau = tau
         with hook:
             yield model
     finally:
-        for m, (own, tau) in zip(layers, saved):
-            set_threshold(m, own)
-            if type(m) is LIF:
-                m.tau = tau
+        for m, (before, tau_before) in zip(layers, saved):
+            put_back(m, before)
+            if isinstance(m, LIF):
+                m.tau = tau_before
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+import runs
 from machine import say
 from runs import replace_file, write_text
 from settings import PRESETS
@@ -46,6 +47,10 @@ def report(results, publish=False):
     tables = {"table1": table1(attacks), "runs": table_runs(attacks), "table2": table2(defends)}
     tables["summary"] = table_summary(attacks)
     tables |= {"story": table_story(r) for r in [*in_order(stories).values()][:1]}
+    scans = {path.parent.name: r for path, r in found.items() if path.stem == "scan"}
+    if "summary" in scans.get("digits", ()):
+        tables |= {"scan": table_scan(scans["digits"]), "evaders": table_evaders(scans.pop("digits"))}
+    tables |= {"scanned": table_scanned(scans)} if scans else {}
     if (results / "benchmark.json").exists():
         summary = read_result(results / "benchmark.json")["summary"]
         tables["benchmark"] = markdown("what | measured, 1 thread / 2 threads", summary.items())
@@ -206,6 +211,47 @@ def print_attack(r):
         ours, clean = r["at_chosen"].get(key) or 0, r["at_chosen"].get(f"{key}_clean_model") or 0
         if clean > max(ours / 2, 1):
             say(f"NOTE: {name} reaches {clean:.1f} % on the CLEAN model, {ours:.1f} % on ours: not the backdoor.")
+
+
+def print_scan(r):
+    """What `scan` prints: the detector's tables, or a line per model."""
+    tables = [table_scan(r), table_evaders(r)] if "summary" in r else [table_scanned({r["dataset"]: r})]
+    say("\n" + "\n\n".join(map(as_text, tables)))
+
+
+def table_scan(r):
+    """The detector by what it is shown."""
+    rows = [[name.replace("late", "100 images, high thresholds only"),
+             f"{at['auroc']:.3f} ({at['interval'][0]:.3f} to {at['interval'][1]:.3f})", f"{at['alarm']:.2f}",
+             *(percent(at[key]) for key in ("caught", "false_alarms", "accused_right"))]
+            for name, at in r["summary"].items()]
+    return markdown("the scan is shown | AUROC (95 % interval) | alarm above | backdoored models caught | "
+                    "false alarms, clean models | accused class right", rows)
+
+
+def table_evaders(r):
+    """Attackers who know the scan: what hiding costs, and what is still seen; mean ± standard deviation over seeds."""
+    rows = []
+    for name in unique(r["evaders"], "evader"):
+        of = [row for row in r["evaders"] if row["evader"] == name]
+        mean, spread = runs.mean_of(of), runs.spread_of(of)
+        scores = {key: np.array([row["scores"][key] for row in of]) for key in ("100 images", "late")}
+        shown = [f"{v.mean():.2f} ({(v > r['summary'][key]['alarm']).sum()} of {len(of)} caught)"
+                 for key, v in scores.items()]
+        rows.append([name.replace("_", " "), *(percent(mean[key], spread.get(key)) for key in
+                     ("ca", "target_rate", "asr_p", "asr_p_clean_model")), *shown,
+                     f"{sum(row['accused'] == row['target'] for row in of)} of {len(of)}"])
+    return markdown("attacker | CA | target_rate | ASR_p | ASR_p, clean model | score | score, high thresholds only | "
+                    "accused class right", rows)
+
+
+def table_scanned(found):
+    """One row per model of data sets without a population."""
+    rows = [[f"**{name}**, {row['kind']}, seed {row['seed']}", percent(row["ca"]), f"{row['v_thr_a']:g}",
+             percent(row.get("asr_p")), *(f"{row['scores'][key]:.2f}" for key in row["scores"]), row["accused"]]
+            for name, r in in_order(found).items() for row in r["rows"]]
+    return markdown(" | ".join(["model", "CA", "v_thr", "ASR_p", *next(iter(found.values()))["rows"][0]["scores"],
+                                "accused"]), rows)
 
 
 def table_story(r):
@@ -479,8 +525,34 @@ def figure_story(r, path):
                   "class without trigger", va="bottom", ha="right" if at is rows[-1] else "center")
 
 
+def figure_scan(r, path):
+    """The threshold scan: what models are sure of when their thresholds change, and the scores of every kind."""
+    looks = {"clean": "tab:blue", "badsnn": "tab:red", "badnets": "0.35", "blend": "0.35"}
+    with drawing(path, (9.5, 3.6), titled(dict(r, rows=r["rows"][:1])), (1, 2)) as [[left, right]]:
+        for row in r["rows"]:
+            if row["kind"] in ("clean", "badsnn"):
+                x = [v / row["v_thr_a"] for v in row["v_thr"]]
+                left.plot(x, row["curve"], color=looks[row["kind"]], alpha=0.45, linewidth=0.9,
+                          linestyle="-" if row["kind"] == "clean" else "--")
+        for kind, label, style in (("clean", "clean models", "-"), ("badsnn", "backdoored models", "--")):
+            left.plot([], [], style, color=looks[kind], label=label)
+        left.set(xlabel="threshold / shipped threshold", ylabel="mean probability of the largest class", ylim=(0, 1.03))
+        kinds = {kind: [row for row in r["rows"] if row["kind"] == kind] for kind in unique(r["rows"], "kind")}
+        kinds |= {f"evader: {name}": [row for row in r["evaders"] if row["evader"] == name]
+                  for name in unique(r["evaders"], "evader") if name != "none"}
+        for place, (kind, rows) in enumerate(kinds.items()):
+            scores = np.sort([row["scores"]["100 images"] for row in rows])
+            right.plot(scores, -place + np.linspace(-0.3, 0.3, len(rows)), "x" if kind == "clean" else "o",
+                       markersize=3.5, color=looks.get(kind, "tab:purple"))
+        if "summary" in r:
+            right.axvline(r["summary"]["100 images"]["alarm"], color="0.7", zorder=0)
+        right.set(xlabel="score; line: alarm", xlim=(0, 1.03))
+        right.set_yticks(-np.arange(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+
+
 FIGURES = {
     "attack": figure_attack, "threshold": figure_threshold, "heatmap": figure_heatmap, "magnitude": figure_magnitude,
+    "scan": figure_scan,
     "trigger": figure_trigger, "defend": figure_defend, "story": figure_story,
     "events": figure_events,
     "poison": partial(figure_lines, x="poison_ratio", keys="ca target_rate asr_p", xscale="log", xlabel="poison ratio"),

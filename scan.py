@@ -1,6 +1,6 @@
-"""The threshold scan as a detector (ours; not in the paper): is a spiking network backdoored? told without a trigger.
+"""The threshold scan as a detector (ours): whether a spiking network is backdoored, told without its trigger.
 
-    python badsnn.py scan --dataset digits        a population of models, the detector's score, and attackers who know it
+    python badsnn.py scan --dataset digits        a population of models, how well it tells them, and who evades it
     python badsnn.py scan --weights model.pt --build my_module:build --data images.npz          a network of your own
 
 defenses.threshold_scan changes the thresholds of a model and looks at its answers to clean images. A detector is judged
@@ -45,8 +45,8 @@ def draw(s, i, kind):
     at random in the same way for all kinds, and for BadSNN the attack's own settings as well."""
     rng = random.Random(f"{s.seed} {i} {kind}")
     network = dict(seed=s.seed + i, model=rng.choice(("resnet19", "resnet19", "resnet19", "vgg16")),
-                   width=rng.choice((8, 8, 8, 16)), T=rng.choice((2, 2, 4)), neuron=rng.choice(("lif", "lif", "plif")),
-                   loss=rng.choice(("tet", "ce")), lr=rng.choice((0.05, 0.1, 0.2)), epochs=rng.choice((8, 12, 16)),
+                   width=rng.choice((6, 8, 8, 12)), T=rng.choice((2, 2, 4)), neuron=rng.choice(("lif", "lif", "plif")),
+                   loss=rng.choice(("tet", "ce")), lr=rng.choice((0.05, 0.1, 0.2)), epochs=rng.choice((6, 9, 12)),
                    label_smoothing=rng.choice((0.0, 0.1)), contrast=rng.choice((0.0, 0.2, 0.5)),
                    pad=rng.choice((0, 1, 2)), growing_T=rng.random() < 0.5, target=rng.randrange(10))
     v_thr_t = 0.8 if rng.random() < 0.2 else round(rng.uniform(1.1, 2.0), 2)
@@ -95,8 +95,8 @@ def scanned(model, data, s):
             results[name] = defenses.threshold_scan(model, x)
             results[name]["seconds"] = time.time() - started
     full, scores = results["100 images"], {name: round(r["score"], 4) for name, r in results.items()}
-    return dict(scores=dict(scores, late=round(full["late"], 4)), accused=full["accused"], v_thr=full["v_thr"], seconds=round(full["seconds"], 2),
-                curve=[round(v, 4) for v in full["probability"].amax(1).tolist()])
+    return dict(scores=dict(scores, late=round(full["late"], 4)), accused=full["accused"], v_thr=full["v_thr"],
+                seconds=round(full["seconds"], 2), curve=[round(v, 4) for v in full["probability"].amax(1).tolist()])
 
 
 def photographs(like, generator, shrink=4):
@@ -215,13 +215,14 @@ def scan(data, s, n_models=40):
     the scan. Other sets: the clean and the backdoored model of every seed, with the alarm that digits fixed."""
     started = time.time()
     if data.name == "digits":
-        counts = {None: N_DESIGN + n_models, "badsnn": N_DESIGN + n_models, "badnets": n_models // 5,
-                  "blend": n_models // 5}
-        steps = (0.03, 0.06, 0.09, 0.12, 0.16, 0.2)
-        jobs = [(draw(s, i, kind), kind) for kind, n in counts.items() for i in range(n)]
-        jobs = [(one, kind, [round(V_THR_N + step if one.v_thr_t > V_THR_N else V_THR_N - step, 2) for step in steps])
-                for one, kind in jobs]
-        hidden = [(one, name) for one in studies.every_seed(replace(s, seeds=EVADE_SEEDS)) for name in ("none", *EVADERS)]
+        counts = {None: N_DESIGN + n_models, "badsnn": N_DESIGN + n_models, "badnets": n_models // 8,
+                  "blend": n_models // 8}
+        steps = (0.04, 0.08, 0.12, 0.16)
+        drawn = [(draw(s, i, kind), kind) for i in range(N_DESIGN + n_models) for kind, n in counts.items() if i < n]
+        jobs = [(one, kind, [round(1 + (step if one.v_thr_t > 1 else -step), 2) for step in steps])
+                for one, kind in drawn]
+        hidden = [(one, name) for one in studies.every_seed(replace(s, seeds=EVADE_SEEDS))
+                  for name in ("none", *EVADERS)]
     else:
         jobs, hidden = [(one, kind) for one in studies.every_seed(s) for kind in (None, "badsnn")], []
     rows = machine.side_by_side(scan_model, jobs, s, [f"{job[1] or 'clean'} {job[0].seed}" for job in jobs])
@@ -238,9 +239,9 @@ def scan(data, s, n_models=40):
 
 
 def summary(design, measured, name, draws=1000):
-    """The detector on one kind of images: the alarm, which parts the design models best; on the others AUROC with a 95 %
-    interval (bootstrap over models), shares in percent of backdoored and of clean models that raise the alarm, and how
-    often the accused class is right among those that were caught."""
+    """The detector on one kind of images: the alarm, which parts the design models best; on the others AUROC with
+    a 95 % interval (bootstrap over models), percent of the backdoored and of the clean models that raise the alarm, and
+    how often the accused class is right among those that were caught."""
     def split(rows):
         return (np.array([row["scores"][name] for row in rows if row["kind"] == kind]) for kind in ("badsnn", "clean"))
     (bad, good), (caught, clean) = split(design), split(measured)
@@ -298,10 +299,10 @@ def own(weights, build, images, known):
         top = int(p.argmax())
         say(f"{v:7.3f} {top:5} {share[top]:6.2f} {p[top]:11.3f} {h:8.3f}")
     suspicious = result["score"] > at["alarm"]
-    say(f"\nscore {result['score']:.3f}; of the digits models that we know, {at['caught']:g} % of the backdoored and "
-        f"{at['false_alarms']:g} % of the clean ones are above {at['alarm']:.3f}.\n" + (
-            f"SUSPICIOUS: with another threshold the network becomes sure of class {result['accused']}. Do not use it as "
-            "it is: set its threshold back to that of its training, fine-tune it on images that you trust, scan again."
+    say(f"\nscore {result['score']:.3f}; of the digits models in {known}, {at['caught']:g} % of "
+        f"the backdoored and {at['false_alarms']:g} % of the clean ones are above {at['alarm']:.3f}.\n" + (
+            f"SUSPICIOUS: with another threshold the network becomes sure of class {result['accused']}. Do not use it "
+            "as it is: set its threshold back to that of its training, fine-tune it on images you trust, and scan it."
             if suspicious else "Nothing suspicious. That is no proof: an attacker who knows the scan can pass it."))
     if unknown:
         say(f"These modules were left alone; if one of them is a neuron, the scan means nothing: {', '.join(unknown)}")

@@ -324,16 +324,27 @@ def test_threshold_scan():
     assert torch.allclose(result["share"], torch.tensor([[1 / 3, 0, 2 / 3], [0, 0, 1], [0, 0, 1]]))
     assert torch.allclose(result["probability"], p.mean(1))
     assert torch.allclose(result["entropy"], -(p * p.log()).sum(2).mean(1))
-    assert result["score"] == pytest.approx(p.mean(1).max(1).values.mean().item())
+    assert result["score"] == pytest.approx(p.mean(1)[1:].mean(0).max().item())         # above the shipped 1.05
+    assert result["late"] != result["late"]                          # no threshold is high enough
     assert (model.lif.v_thr, model.lif.tau) == (1.05, 0.4) and model.training     # left as it was
     result = defenses.threshold_scan(model, x)
-    assert result["v_thr"] == [1 + tenth / 10 for tenth in range(1, 11)] and result["score"] > 0.9
+    assert result["v_thr"] == pytest.approx([1.05 * factor for factor in defenses.SCAN], abs=1e-4)
+    assert result["score"] > 0.9 and result["late"] == pytest.approx(result["probability"][-5:].amax(1).mean().item())
     model = model_of()
     before = bits(model)
     low, high = (defenses.threshold_scan(model, X, (v,)) for v in (1.1, 50.0))
     assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items()) and low["share"].sum() == 1
     silent = model.head.bias.softmax(0)                              # nothing spikes at 50: only the bias is left
     assert torch.allclose(high["probability"][0], silent, atol=1e-6) and high["accused"] == silent.argmax()
+
+
+def test_scan_score_by_hand():
+    """The largest mean over neighbours of one side: not across the shipped threshold, not of different classes."""
+    above = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.2, 0.8], [0.4, 0.6]])
+    below = torch.tensor([[0.75, 0.25], [0.7, 0.3]])
+    assert defenses.scan_score(below, above, 2) == (pytest.approx(0.85), 1)
+    assert defenses.scan_score(below, above[:2], 4) == (pytest.approx(0.725), 0)
+    assert defenses.scan_score(below[:0], above, 9) == (pytest.approx(0.6), 1)
 
 
 def test_spike_deviation():

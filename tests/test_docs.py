@@ -14,22 +14,24 @@ import baselines
 import data
 import defenses
 import fused
+import libraries
 import lif
 import machine
 import models
 import report
 import runs
+import scan
 import settings
 import studies
 import trigger
 
 ROOT = Path(badsnn.__file__).parent
-MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, lif, machine, models,
-                                                  report, runs, settings, studies, trigger)}
-LINES = dict(lif=200, fused=250, models=220, data=302, baselines=240, trigger=300, defenses=410, badsnn=430,
-             studies=435, report=490, settings=290, runs=220, machine=200)       # at most
-FLOORS = [{"fused"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
-          {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"report"}]
+MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, libraries, lif,
+                                                  machine, models, report, runs, scan, settings, studies, trigger)}
+LINES = dict(lif=210, libraries=80, scan=330, fused=250, models=220, data=302, baselines=240, trigger=300,
+             defenses=440, badsnn=440, studies=435, report=540, settings=305, runs=220, machine=200)       # at most
+FLOORS = [{"fused", "libraries"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
+          {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"scan"}, {"report"}]
 
 
 def imports_of(path):
@@ -57,7 +59,7 @@ def test_a_file_is_read_in_one_sitting(name):
 
 
 def test_the_whole_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 3935
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4400
 
 
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
