@@ -400,7 +400,8 @@ def threshold_scan(model, x, v_thr=None, window=4):
     threshold and above, where a clean model has little left to say. No training, no trigger.
 
     The model gives logits [B, K]; the firing rates of event networks are scaled first (see logits_of), or they would
-    never look sure. Raises ValueError for a model without a neuron that is known. What the scan catches, and what evades it: results/README.md.
+    never look sure. Raises ValueError for a model without a neuron that is known. What the scan catches, and what
+    evades it: results/README.md.
     """
     found, unknown = neurons_of(model)
     if not found:
