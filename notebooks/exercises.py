@@ -122,14 +122,6 @@ def clp_channels(weight, gamma, running_var, eps, u):
     raise NotImplementedError
 
 
-def scan_score(probability):
-    """The threshold scan's verdict, from the mean probability [V, K] of each class at each threshold: (score, accused).
-
-    score: the largest class's probability at each threshold, averaged over thresholds. accused: the class with the
-    largest average over thresholds, an int. They need not belong to the same class."""
-    raise NotImplementedError
-
-
 # 8. Ablations -----------------------------------------------------------------------------------------------
 
 def fade(x, x_trig, l2):
@@ -143,4 +135,15 @@ def pareto(rows):
 
     A row is beaten by another that has ca and gain at least as high and one of them higher. Returns the rows that are
     not beaten, in the order given."""
+    raise NotImplementedError
+
+
+# 9. The threshold scan --------------------------------------------------------------------------------------
+
+def scan_score(below, above, window):
+    """The threshold scan's verdict, from the mean probability of each class at thresholds below [V1, K] and above
+    [V2, K] the shipped one, each in ascending order of the threshold: (score, accused).
+
+    Average every run of `window` neighbouring thresholds of one side (all of the side, if it has fewer; nothing, if it
+    has none). score: the largest average of any run and class; accused: the class it belongs to, an int."""
     raise NotImplementedError

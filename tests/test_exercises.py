@@ -238,27 +238,6 @@ def test_clp_channels(exercises, draw):
         same(answer, wanted)
 
 
-@points(2, "scan_score")
-def test_scan_score(exercises, draw):
-    for _ in range(6):
-        probability = (2 * normal(draw, 7, 6)).softmax(1)
-        score, accused = exercises.scan_score(probability)
-        # the product's scan of a stand-in whose thresholds and images give these probabilities
-        wanted = defenses.threshold_scan(Given(probability), torch.zeros(1, 1), range(1, 8))
-        assert float(score) == pytest.approx(wanted["score"], abs=1e-5) and int(accused) == wanted["accused"]
-
-
-class Given(nn.Module):
-    """At the threshold i + 1 the logits that give row i of `probability`."""
-
-    def __init__(self, probability):
-        super().__init__()
-        self.lif, self.probability = lif.LIF(), probability
-
-    def forward(self, x):
-        return self.probability[int(self.lif.v_thr) - 1].log().expand(len(x), -1)
-
-
 # 8 --------------------------------------------------------------------------------------------------------
 
 @points(2, "fade")
@@ -287,3 +266,12 @@ def test_pareto(exercises, draw):
         kept = {id(row) for row in front}
         rows = [rows[i] for i in torch.randperm(len(rows), generator=draw)]
         assert exercises.pareto(rows) == [row for row in rows if id(row) in kept]
+
+
+@points(2, "scan_score")
+def test_scan_score(exercises, draw):
+    for lower, upper, window in ((5, 10, 4), (3, 8, 4), (8, 3, 4), (6, 6, 2), (0, 7, 3), (7, 0, 3), (6, 6, 5), *[(9, 9, 3)] * 8):
+        below, above = ((2 * normal(draw, n, 6)).softmax(1) for n in (lower, upper))
+        score, accused = exercises.scan_score(below, above, window)
+        wanted = defenses.scan_score(below, above, window)
+        assert float(score) == pytest.approx(wanted[0], abs=1e-5) and int(accused) == wanted[1]

@@ -69,9 +69,8 @@ def clp_channels(weight, gamma, running_var, eps, u):
     return defenses.clp(nn.Sequential(conv, bn), u)[1].weight == 0
 
 
-def scan_score(probability):
-    scan = defenses.threshold_scan(test_exercises.Given(probability), torch.zeros(1, 1), range(1, len(probability) + 1))
-    return scan["score"], scan["accused"]
+def scan_score(below, above, window):
+    return defenses.scan_score(below, above, window)
 
 
 def fade(x, x_trig, l2):
@@ -206,10 +205,14 @@ MISTAKES = [        # exercise, what is wrong, the answer
     ("clp_channels", "sign of gamma", lambda weight, gamma, var, eps, u: clp_channels(
         weight, gamma.clamp(min=0), var, eps, u)),
     ("clp_channels", "u is 3", lambda weight, gamma, var, eps, u: clp_channels(weight, gamma, var, eps, 3.0)),
-    ("scan_score", "largest of the means", lambda p: (p.mean(0).max().item(), int(p.mean(0).argmax()))),
-    ("scan_score", "last threshold only", lambda p: (scan_score(p)[0], int(p[-1].argmax()))),
-    ("scan_score", "maximum over thresholds", lambda p: (p.max().item(), scan_score(p)[1])),
-    ("scan_score", "one threshold is missing", lambda p: scan_score(p[1:])),
+    ("scan_score", "across the shipped threshold", lambda b, a, w: defenses.scan_score(b[:0], torch.cat([b, a]), w)),
+    ("scan_score", "one side only", lambda b, a, w: defenses.scan_score(a[:0], a if len(a) else b, w)),
+    ("scan_score", "no window", lambda b, a, w: defenses.scan_score(b, a, 1)),
+    ("scan_score", "window off by one", lambda b, a, w: defenses.scan_score(b, a, w + 1)),
+    ("scan_score", "largest class of each threshold", lambda b, a, w: (
+        max(side[i:i + w].amax(1).mean().item() for side in (b, a) for i in range(len(side))),
+        defenses.scan_score(b, a, w)[1])),
+    ("scan_score", "the last window is missing", lambda b, a, w: defenses.scan_score(b[:-1], a[:-1], w)),
     ("fade", "scales the short ones up", lambda x, x_trig, l2: x + l2 * F.normalize(
         (x_trig - x).flatten(1), dim=1).view_as(x)),
     ("fade", "one factor for all", lambda x, x_trig, l2: x + (x_trig - x) * min(
