@@ -29,7 +29,7 @@ ROOT = Path(badsnn.__file__).parent
 MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, libraries, lif,
                                                   machine, models, report, runs, scan, settings, studies, trigger)}
 LINES = dict(lif=210, libraries=80, scan=330, fused=250, models=220, data=302, baselines=240, trigger=300,
-             defenses=440, badsnn=440, studies=435, report=550, settings=305, runs=220, machine=200)       # at most
+             defenses=440, badsnn=440, studies=435, report=570, settings=305, runs=220, machine=200)       # at most
 FLOORS = [{"fused", "libraries"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
           {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"scan"}, {"report"}]
 
