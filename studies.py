@@ -112,33 +112,52 @@ IMAGES_ONLY = ("tsbd", "nad")       # TSBD resets convolutions, NAD compares sta
 
 
 def defend(data, s, attacks=None):
-    """Every attack (None: all that fit the data) against every defence, on one seed; writes defend.json. Finished cells
-    are kept in s.runs.
+    """Every attack (None: all that fit the data) against every defence, mean and spread over seeds; writes defend.json.
+    Finished cells are kept in s.runs.
 
     BadSNN is deployed at its S_a (badsnn.deploy), the baselines at S_n; a defence sees the network as deployed. The
     defender holds 10 images of every class of the TEST set, which are never scored (the paper: 5 % of the set).
     """
     if machine.rank_and_ranks()[1] > 1:
         raise ValueError("defend runs in one process; its models can be trained by several with attack")
-    attacks = attacks or settings.attacks_on(s)
-    x, y, scored = split_test(data, s)
-    badsnn.train_side_by_side(s, [(s, None), *[(s, "badsnn") for name in attacks if name == "badsnn"]])
-    parts = machine.side_by_side(defend_attack, [(s, name) for name in attacks], s, list(attacks))
-    clean, rows = train(data, replace(s, fresh=False)), [row for part in parts for row in part["rows"]]
+    attacks, variants = attacks or settings.attacks_on(s), every_seed(s)
+    badsnn.train_side_by_side(s, [(one, kind) for one in variants for kind in (None, "badsnn")
+                                  if kind is None or kind in attacks])
+    jobs = [(one, attack) for attack in attacks for one in variants]
+    parts = machine.side_by_side(defend_attack, jobs, s, [f"{attack}, seed {one.seed}" for one, attack in jobs])
+    rows, detectors = ([row for i in range(0, len(parts), s.seeds)
+                        for row in map(over_seeds, zip(*(part[key] for part in parts[i:i + s.seeds])))]
+                       for key in ("rows", "detectors"))
+    untouched = {row["attack"]: row["ca"] for row in rows if row["defense"] == "none"}
+    rows = [dict(row, destroyed=row["ca"] < untouched[row["attack"]] / 2) for row in rows]
     say("\nASR: T_o's for badsnn where there is one, else T_p's, on events T_s's. ASR and target_rate: percent "
         "predicted as the target, with and without the trigger.")
-    result = dict(badsnn.describe(data, s), n_defender=len(y),
-                  clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"],
-                  scan_clean_model=defenses.threshold_scan(clean, x)["score"],
-                  v_thr_d=rows[0]["v_thr"], rows=rows, detectors=[d for part in parts for d in part["detectors"]],
-                  seconds=round(sum(part["seconds"] for part in parts)
-                                + sum(row["seconds"] for row in clean.history), 1))
+    clean = [without_backdoor(one) for one in variants]
+    runs_of = [dict(attack=attack, seed=one.seed, **part) for (one, attack), part in zip(jobs, parts)]
+    result = dict(badsnn.describe(data, s), **dict(runs.mean_of(clean), v_thr_d=rows[0]["v_thr"], rows=rows,
+                  detectors=detectors, runs=runs_of, seconds=round(sum(p["seconds"] for p in [*parts, *clean]), 1)))
     runs.write_json(runs.folder_of(data, s) / "defend.json", result)
     return result
 
 
+def without_backdoor(s):
+    """What stands beside Table 2 for one seed: the clean model's CA on the images that are scored, and its scan."""
+    data = datasets.load_for(s)
+    x, y, scored = split_test(data, s)
+    clean = train(data, replace(s, fresh=False))
+    return dict(n_defender=len(y), clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"],
+                scan_clean_model=defenses.threshold_scan(clean, x)["score"],
+                seconds=sum(row["seconds"] for row in clean.history))
+
+
+def over_seeds(rows):
+    """One cell's mean over seeds, and its spread where there are several; the same for what a cell holds inside."""
+    spread = runs.spread_of(rows)
+    return dict(runs.mean_of(rows), **dict(spread=spread) if spread else {})
+
+
 def defend_attack(s, attack):
-    """Table 2's rows of one attack: rows, detectors, and the seconds that training and defences took."""
+    """Table 2's rows of one attack and seed: rows, detectors, and the seconds that training and defences took."""
     data = datasets.load_for(s)
     x, y, scored = split_test(data, s)
     trained = replace(s, fresh=False)           # defend() has just trained these two
@@ -164,10 +183,10 @@ def defend_attack(s, attack):
     rows = []
     for defense in (name for name in DEFENSES if not (data.events and name in IMAGES_ONLY)):
         row = cell(defense, lambda: defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, (v_thr, tau)))
-        rows.append(dict(row, destroyed=row["ca"] < (rows[0] if rows else row)["ca"] / 2))
+        rows.append(row)
         asr_p, pruned = (f"{row[key]:6.1f}" if row[key] is not None else f"{'-':>6}" for key in ("asr_p", "pruned"))
         say(f"{defense:>10} {row['ca']:6.1f} {row['target_rate']:11.1f} {row['asr']:6.1f} {asr_p} {pruned} "
-            f"{row['seconds']:6.1f}" + "  destroyed: CA below half of the undefended" * rows[-1]["destroyed"])
+            f"{row['seconds']:6.1f}" + "  destroyed: CA below half of the undefended" * (row["ca"] < rows[0]["ca"] / 2))
     detectors = [cell(f"{name}-detectors", lambda: detect(attack, name, model, t, x, scored, s))
                  for name, t in triggers.items()]
     for d in detectors:
@@ -187,7 +206,7 @@ def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, deploy
     row = dict(attack=attack, defense=defense, trigger=next(iter(triggers)), v_thr=v_thr, tau=tau,
                **evaluate(repaired, scored, s, None, None), asr=rates[0],
                asr_p=rates[-1] if attack == "badsnn" else None,
-               pruned=defenses.pruned_channels(model, repaired) if defense in ("clp", "anp") else None)
+               pruned=float(defenses.pruned_channels(model, repaired)) if defense in ("clp", "anp") else None)
     if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
         tau = s.tau_a if attack == "badsnn" else TAU_N
         row["asr_clean_model"] = asr(clean, scored, s, v_thr, tau, next(iter(triggers.values())))

@@ -114,7 +114,8 @@ def test_the_optimisers_are_the_sources(name, kind, wanted, monkeypatch):
     if name == "tsbd":      # so that unlearning does not end at once
         monkeypatch.setattr(defenses, "probabilities", lambda model, x: nn.functional.one_hot(Y, 4).float())
     dict(QUICK, nad=lambda m: defenses.nad(m, X, Y, teacher_epochs=1, epochs=3))[name](model)
-    per_epoch = [optimizer.rates[::2] for optimizer in seen]         # of two batches
+    batches = 1 if name == "nad" else 2                              # of up to 64, of up to 32
+    per_epoch = [optimizer.rates[::batches] for optimizer in seen]
     assert per_epoch == [pytest.approx(rates) for rates in wanted]
 
 
@@ -156,7 +157,7 @@ def test_clp_cannot_prune_narrow_layers(channels, prunes):
     assert defenses.pruned_channels(model, defenses.clp(model)) == prunes
 
 
-def test_pruned_channels():
+def test_pruned_channels(monkeypatch):
     """Counts what a defence switched off, and nothing that was off before."""
     model = model_of()
     defenses.switch_off(model.bn, torch.tensor([True, False, False, False]))
@@ -166,7 +167,9 @@ def test_pruned_channels():
     defenses.switch_off(after.stages[1][0].shortcut_bn, torch.arange(8) < 3)
     assert defenses.pruned_channels(model, after) == 4
     everything = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    assert defenses.pruned_channels(model, defenses.anp(model, X, Y, iterations=1, threshold=2.0)) == everything - 1
+    masks = {name: torch.zeros(m.num_features) for name, m in defenses._batch_norms(model)}
+    monkeypatch.setattr(defenses, "anp_masks", lambda *args: masks)
+    assert defenses.pruned_channels(model, defenses.anp(model, X, Y, keep=0)) == everything - 1
     assert defenses.pruned_channels(model, defenses.fine_tune(model_of(), X, Y, epochs=1)) == 0
 
 
@@ -193,8 +196,19 @@ def test_anp_masks_and_noise():
     noise = defenses.worst_noise(lambda n: (n["a"] * slope).sum(), like, 0.4, torch.Generator().manual_seed(0))["a"]
     assert noise.abs().max() <= 0.8 and noise.abs().max() > 0.7
     assert ((noise.abs() <= 0.4 + 1e-6) | (noise.sign() == slope.sign())).all()             # uphill
-    pruned = defenses.anp(model, X, Y, lr=0.5, iterations=6, batch=16, threshold=2.0)       # everything lies below 2
-    assert all((m.weight == 0).all() for m in pruned.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_anp_prunes_as_far_as_the_accuracy_allows(monkeypatch):
+    """Three accuracies decide: of the model itself, and of it without the channels whose masks are 0, or up to 0.3."""
+    model = model_of()
+    masks = {name: torch.ones(m.num_features) for name, m in defenses._batch_norms(model)}
+    masks["bn"][:3] = torch.tensor([0.0, 0.3, 0.95])                 # 0.95: beyond the last threshold, 0.9
+    monkeypatch.setattr(defenses, "anp_masks", lambda *args: masks)
+    for accuracies, pruned in (((1.0, 0.95, 0.85), [True, False]), ((1.0, 0.95, 0.9), [True, True]),
+                               ((1.0, 0.85, 0.95), [False, False])):
+        monkeypatch.setattr(defenses, "accuracy", lambda m, x, y, a=accuracies: a[(m.bn.weight == 0).sum()])
+        assert (defenses.anp(model, X, Y).bn.weight == 0).tolist()[:2] == pruned
+        assert (defenses.anp(model, X, Y).bn.weight[2:] != 0).all()
 
 
 def test_anp_uses_masked_weights(monkeypatch):
@@ -241,12 +255,12 @@ def test_unlearning_lowers_the_accuracy():
 
 @pytest.mark.parametrize("classes, right, epochs", [(4, 10, 1), (4, 11, 3), (100, 4, 1), (100, 5, 3)])
 def test_unlearning_ends_at_ten_percent_or_chance(classes, right, epochs, monkeypatch):
-    """40 images: 4 classes end at 25 %, 100 classes at 10 %, not at 1 %. It trains on augmented images."""
+    """40 images: 4 classes end at 25 %, 100 classes at 10 %, not at 1 %. It trains and measures on augmented ones."""
     wrong, seen = (Y + 1) % 4, []
     answers = nn.functional.one_hot(torch.where(torch.arange(40) < right, Y, wrong), classes).float()
     monkeypatch.setattr(defenses, "probabilities", lambda model, x: answers)
     defenses.unlearn(model_of(), X, Y, lr=1e-3, max_epochs=3, batch=40, augment=lambda x: seen.append(x) or x)
-    assert len(seen) == epochs
+    assert len(seen) == 2 * epochs
 
 
 def test_activeness_aware_gradient_of_a_parabola():
