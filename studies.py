@@ -120,6 +120,7 @@ def defend(data, s, attacks=None):
     """
     if machine.rank_and_ranks()[1] > 1:
         raise ValueError("defend runs in one process; its models can be trained by several with attack")
+    split_test(data, s)     # refuses too small a test set before anything is trained
     attacks, variants = attacks or settings.attacks_on(s), every_seed(s)
     badsnn.train_side_by_side(s, [(one, kind) for one in variants for kind in (None, "badsnn")
                                   if kind is None or kind in attacks])
