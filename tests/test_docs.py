@@ -115,8 +115,8 @@ def test_the_readme_uses_the_codes_names():
             assert link.startswith("http") or ((ROOT / page).parent / link).exists(), (page, link)
     options = (set(re.findall(r"--[a-z][a-zA-Z-]+", " ".join(re.findall(r"badsnn\.py[^\n`]*", readme))))
                - {"--dataset", "--help", "--study"})
-    known = {settings.flag(field.name) for field in dataclasses.fields(settings.Settings)} | {"--attacks", "--publish", "--models",
-                                                                                   "--weights", "--build"}
+    known = {settings.flag(field.name) for field in dataclasses.fields(settings.Settings)}
+    known |= {"--attacks", "--publish", "--models", "--weights", "--build"}
     assert options <= known, options - known
 
 
