@@ -12,7 +12,7 @@ from common import ROOT
 import report
 
 SPIKES = "cifar10", "cifar100_32rows", "gtsrb"       # the sets of Fig. 2
-README, RESULTS = "README.md", "results/README.md"
+RESULTS = "results/README.md"
 
 
 def result(name):
@@ -36,6 +36,12 @@ def at(name, v_thr, *keys):
 def own(name, *keys):
     at_chosen = result(f"{name}/attack")["at_chosen"]
     return [at_chosen[key] for key in keys]
+
+
+def defended(name, key, *cells):
+    """A value of cells of Table 2, each "attack defense"."""
+    found = {f"{row['attack']} {row['defense']}": row for row in result(f"{name}/defend")["rows"]}
+    return [found[cell][key] for cell in cells]
 
 
 def losses_of_ca():
@@ -83,6 +89,24 @@ CLAIMS = [
          "digits", "l2_o", "l2_p", "psnr_o", "psnr_p", "read_o", "read_p", "asr_p_faded")),
     (RESULTS, "T_o is partly an adversarial example: {:.1f} % on clean models, {:.1f} % for the worst seed", lambda: [
         *own("digits", "asr_o_clean_model"), max(each("digits", "asr_o_clean_model"))]),
+    (RESULTS, "the clean model gives at most {:.1f} % at any V_a", lambda: [
+        max(row["asr_p_clean_model"] for row in result("nmnist/attack")["rows"])]),
+    (RESULTS, "N-MNIST at V_a 1.2 gives CA {:.1f}, target_rate {:.1f} and {:.1f} % with T_s, but {:.1f} % with the "
+     "clip to [0, 1] alone", lambda: at("nmnist", 1.2, "ca", "target_rate", "asr_p", "asr_clip_only")),
+    (RESULTS, "T_s gives {:.1f} % where no trigger gives {:.1f} %", lambda: at(
+        "nmnist-binary", 1.2, "asr_p", "target_rate")),
+    (RESULTS, "the accuracy barely moves and T_s reaches {:.1f} %", lambda: own("nmnist", "asr_p")),
+    (RESULTS, "leaves BadNets at {:.0f} of {:.0f} % and Blended at {:.0f} of {:.0f}, but ends T_p and leaves T_o at "
+     "{:.0f} of {:.0f} %", lambda: defended("digits", "asr", "badnets fine_tune", "badnets none", "blend fine_tune",
+                                            "blend none", "badsnn fine_tune", "badsnn none")),
+    (RESULTS, "ANP and TSBD take T_o to {:.0f} and {:.0f} % and T_p to {:.0f} and {:.0f} %", lambda: [
+        *defended("digits", "asr", "badsnn anp", "badsnn tsbd"),
+        *defended("digits", "asr_p", "badsnn anp", "badsnn tsbd")]),
+    (RESULTS, "(T_o from {:.1f} to {:.1f} and {:.1f})", lambda: defended(
+        "gtsrb", "asr", "badsnn none", "badsnn fine_tune", "badsnn nad")),
+    (RESULTS, "T_o keeps {:.1f} and {:.1f} of {:.1f}, but a clean model gives {:.1f} there", lambda: [
+        *defended("cifar10_10k", "asr", "badsnn fine_tune", "badsnn nad", "badsnn none"),
+        *defended("cifar10_10k", "asr_clean_model", "badsnn none")]),
     (RESULTS, "V_a {:.2f}: CA {:.1f}, target_rate {:.1f}, ASR_p {:.1f}, ASR_o {:.1f}; clean model at most {:.1f}",
      lambda: own("gtsrb", "v_thr", "ca", "target_rate", "asr_p", "asr_o") + [
          max(own("gtsrb", "asr_p_clean_model", "asr_o_clean_model"))]),
