@@ -270,7 +270,7 @@ def test_pareto(exercises, draw):
 
 @points(2, "scan_score")
 def test_scan_score(exercises, draw):
-    for lower, upper, window in ((5, 10, 4), (3, 8, 4), (8, 3, 4), (6, 6, 2), (0, 7, 3), (7, 0, 3), *[(9, 9, 3)] * 8):
+    for lower, upper, window in ((5, 10, 4), (2, 2, 4), (8, 3, 4), (6, 6, 2), (0, 7, 3), (7, 0, 3), *[(9, 9, 3)] * 8):
         below, above = ((2 * normal(draw, n, 6)).softmax(1) for n in (lower, upper))
         score, accused = exercises.scan_score(below, above, window)
         wanted = defenses.scan_score(below, above, window)
