@@ -417,18 +417,19 @@ def events(data, s):
     model's own V_a, at the paper's least and greatest; the clean model under the same trigger beside it, and on the
     preset the attacks that poison. `silent` is the share of triggered samples on which the network answers nothing."""
     clean, rows, other = train(data, s), [], data.y_test != s.target
+    clean_ca = evaluate(clean, data, s, V_THR_N, TAU_N)["ca"]
     per_step = [round(n / s.T) for n in (400, 1200, 4000)]
     added = {f"{n * s.T} events": partial(trigger.seeded_event_trigger, n=n, seed=s.seed) for n in per_step}
     t_s = {f"beta {beta:g}": partial(trigger.seeded_spike_trigger, beta=beta, seed=s.seed)
            for beta in (0.0, 0.03, 0.1, 0.3)}
 
     def add(attack, model, v_thr, tau, triggers):
+        untriggered = dict(evaluate(model, data, s, v_thr, tau), clean_ca=clean_ca)
         for name, t in triggers.items():
             guess = predict(model, data.x_test[other], s, v_thr, tau, t)
             rows.append(dict(seed=s.seed, frames=s.frames, T=s.T, neuron=s.neuron, attack=attack, trigger=name,
-                             v_thr=v_thr, **evaluate(model, data, s, v_thr, tau), asr=percentage(guess == s.target),
-                             silent=percentage(guess == -1), asr_clean_model=asr(clean, data, s, v_thr, tau, t),
-                             clean_ca=evaluate(clean, data, s, V_THR_N, TAU_N)["ca"]))
+                             v_thr=v_thr, **untriggered, asr=percentage(guess == s.target),
+                             silent=percentage(guess == -1), asr_clean_model=asr(clean, data, s, v_thr, tau, t)))
     if (s.frames, s.T, s.neuron) == ("counts", 4, "lif"):
         for name in settings.EVENT_ATTACKS:
             model = train(data, s, name)
