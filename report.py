@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import runs
 from machine import say
@@ -158,30 +159,58 @@ def table_runs(found):
                     "malicious samples | epochs | seeds | attack | run | note", rows)
 
 
+PAPERS = ("none", "fine_tune", "clp", "anp", "tsbd", "nad")     # the order of its cells in paper.json
+LEARNED = 50        # percent: the least ASR, without a defence, that makes a row of Table 2 say something of a defence
+
+
+def paper_cells(r, attack):
+    """The paper's [CA, ASR] of an attack by defence, both as text, for the data set of a result."""
+    cells = PAPER_TABLE2.get(re.split("[-_]", r["dataset"])[0], {}).get(attack, "").split()
+    return {defense: cell.split("/") for defense, cell in zip(PAPERS, cells)}
+
+
+def table2_lines(r):
+    """Table 2's lines: the attack, the trigger's name in brackets (BadSNN has two), which ASR, the cells by defence,
+    and whether the attack was learned. BadSNN's last line is the defender who sets the threshold back as well."""
+    for attack in unique(r["rows"], "attack"):
+        cells = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
+        triggers = [d["trigger"] for d in r["detectors"] if d["attack"] == attack]
+        restored = {name: row["restored"] for name, row in cells.items() if row.get("restored")}
+        for title, key, of in [*zip(triggers, ("asr", "asr_p"), (cells, cells)),
+                               *[(f"{triggers[0]}, threshold set back", "asr", restored)] * bool(restored)]:
+            undefended = cells.get("none", {}).get(key)
+            yield attack, f" ({title})" * (title != attack), key, of, undefended is None or undefended >= LEARNED
+
+
 def table2(found):
-    """CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below. found: by folder's name."""
+    """CA / ASR / target_rate of every attack and defence, mean ± standard deviation over seeds, the paper's CA / ASR
+    below. An attack that was not learned has its cells in brackets. found: by folder's name."""
     names, lines = unique([row for r in in_order(found).values() for row in r["rows"]], "defense"), []
+
+    def cell(row, key, learned):
+        text = " / ".join(percent(row[k], row.get("spread", {}).get(k)) for k in ("ca", key, "target_rate"))
+        return (text if learned else f"({text})") + " †" * row.get("destroyed", False)
     for name, r in in_order(found).items():
-        lines.append([f"**{name}**, seed {r['seed']}, {r['n_defender']} images for the defender, clean model "
+        lines.append([f"**{name}**, {seeds_of(r)}, {r['n_defender']} images for the defender, clean model "
                       f"{r['clean_ca']:.1f}, {r['seconds'] / 60:.0f} min", *[""] * len(names)])
-        paper = PAPER_TABLE2.get(re.split("[-_]", name)[0], {})
-        for attack in unique(r["rows"], "attack"):
-            cells = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
-            triggers = [d["trigger"] for d in r["detectors"] if d["attack"] == attack]
-            v_thr, control = next(iter(cells.values()))["v_thr"], cells.get("none", {}).get("asr_clean_model")
-            kinds = [(f" ({trigger}), V_a {v_thr:g}" * (trigger != attack)
-                      + f", clean model {percent(control)}" * (key == "asr"), key, cells)
-                     for key, trigger in zip(("asr", "asr_p"), triggers)]       # BadSNN: the trigger of `asr`, then T_p
-            restored = {name: row["restored"] for name, row in cells.items() if row.get("restored")}
-            kinds += [(f" ({triggers[0]}), threshold set back as well", "asr", restored)] * bool(restored)
-            for title, key, of in kinds:
-                lines.append([attack + title, *(" / ".join(percent(row[k]) for k in ("ca", key, "target_rate"))
-                                                + " †" * row.get("destroyed", False) if row else "-"
-                                                for row in map(of.get, names))])
-            if attack in paper:
-                theirs = dict(zip(("none", "fine_tune", "clp", "anp", "tsbd", "nad"), paper[attack].split()))
-                lines.append(["*paper*", *(f"*{theirs[k].replace('/', ' / ')}*" if k in theirs else "" for k in names)])
+        for attack, of_attack in itertools.groupby(table2_lines(r), key=lambda line: line[0]):
+            for _, title, key, of, learned in of_attack:
+                first = next(iter(of.values()))
+                title = attack + title + (f", V_a {first['v_thr']:.3g}" * bool(title) if "v_thr" in first else "")
+                if key == "asr" and "v_thr" in first:
+                    title += f", clean model {percent(of.get('none', {}).get('asr_clean_model'))}"
+                lines.append([title + ", **not learned**" * (not learned),
+                              *(cell(of[name], key, learned) if name in of else "-" for name in names)])
+            theirs = paper_cells(dict(r, dataset=name), attack)
+            if theirs:
+                lines.append(["*paper*", *(f"*{' / '.join(theirs[k])}*" if k in theirs else "" for k in names)])
     return markdown(" | ".join(["data, attack", *names]), lines)
+
+
+def seeds_of(r):
+    """The seeds of a result of defend, in words."""
+    n = len({run["seed"] for run in r.get("runs", [r])})
+    return f"{n} seeds, mean ±" if n > 1 else f"seed {r['seed']}"
 
 
 def as_text(table, turned=False):
@@ -318,12 +347,13 @@ CURVES = {"ca": ("CA", "o-", "black"), "target_rate": ("target_rate (no trigger)
 
 
 @contextlib.contextmanager
-def drawing(path, size, title, shape=(1, 1), shared=False):
-    """A new figure's axes, [rows, columns]. At the end of the block one legend for all goes to the right; saved."""
+def drawing(path, size, title, shape=(1, 1), shared=False, ratios=None):
+    """A new figure's axes, [rows, columns], columns as wide as `ratios` says. At the end of the block one legend for
+    all goes to the right; saved."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, fontsize=9)
-        axes = figure.subplots(*shape, squeeze=False, sharex=shared, sharey=shared)
+        axes = figure.subplots(*shape, squeeze=False, sharex=shared, sharey=shared, width_ratios=ratios)
         yield axes
         for axis in axes.flat if shared else ():
             axis.label_outer()
@@ -454,36 +484,47 @@ def figure_trigger(r, path):
 
 
 def figure_defend(r, path):
-    """Table 2 as a picture: CA and ASR of every attack after every defence; last, what two detectors see."""
-    def named(row):
-        return " ".join(dict.fromkeys([row["attack"], row["trigger"]]))         # the baselines' are called alike
-    attacks, defenses, detectors = unique(r["rows"], "attack"), unique(r["rows"], "defense"), r["detectors"]
-    height = len(attacks) // 3 + 1
-    with drawing(path, (9, 2.3 * height), f"{r['dataset']}, seed {r['seed']}", (height, 3)) as axes:
-        for axis, attack in zip(axes.flat, attacks):
-            rows = [row for row in r["rows"] if row["attack"] == attack]
-            ca, asr, rate, destroyed = ([row[key] for row in rows] for key in ("ca", "asr", "target_rate", "destroyed"))
-            place = -np.array([defenses.index(row["defense"]) for row in rows])
-            axis.barh(place + 0.2, ca, 0.36, color="0.75", label="CA")
-            axis.barh(place - 0.2, asr, 0.36, color="tab:red", hatch="///", edgecolor="white", label="ASR")
-            axis.plot(rate, place - 0.2, "|", color="black", markersize=9, label="target_rate (no trigger)")
-            for y in place[np.array(destroyed)]:
-                axis.text(101, y, "destroyed", fontsize=7, ha="right", va="center")
-            axis.set(xlim=(0, 101), xlabel="percent", title=named(rows[0]))
-            axis.set_yticks(-np.arange(len(defenses)), defenses)
-        axis, *spare = axes.flat[len(attacks):]
-        place = -np.arange(len(detectors))
-        axis.axvline(0.5, color="0.8", zorder=0)
-        axis.plot([d["strip_auroc"] for d in detectors], place, "o", color="black", label="STRIP")
-        axis.plot([d["spikes_auroc"] for d in detectors], place, "x", color="tab:blue", label="spike count")
-        if "scan_score" in detectors[0]:
-            axis.plot([d["scan_score"] for d in detectors], place, "D", color="tab:orange", markerfacecolor="none",
-                      label="threshold scan: score\n(dotted: clean model's)")
-            axis.axvline(r["scan_clean_model"], color="tab:orange", linestyle=":")
-        axis.set(xlim=(-0.03, 1.03), xlabel="AUROC (0.5: chance)", title="detectors, no defence")
-        axis.set_yticks(place, map(named, detectors))
-        for axis in spare:
-            axis.remove()
+    """Table 2 at a glance: CA and ASR after every defence as heat maps, what the paper has as a ring in its colour; and
+    what the detectors see. Grey: an attack that was not learned. Hatched: CA fell below half of the undefended."""
+    lines, defenses, detectors = [*table2_lines(r)], unique(r["rows"], "defense"), ("strip_auroc", "spikes_auroc")
+    ca, asr, auroc = {}, {}, {}         # (line, column): value, spread, learned, destroyed, the paper's value
+    for i, (attack, title, key, of, learned) in enumerate(lines):
+        measured = not title.endswith("set back)")
+        theirs = paper_cells(r, attack) if key == "asr" and measured else {}
+        for name, row in of.items():
+            for place, (panel, of_panel) in enumerate(((ca, "ca"), (asr, key))):
+                panel[i, defenses.index(name)] = (row[of_panel], row.get("spread", {}).get(of_panel), learned,
+                                                  row.get("destroyed", False),
+                                                  float(theirs[name][place]) if name in theirs else None)
+        for d in r["detectors"]:
+            if d["attack"] == attack and measured and title in ("", f" ({d['trigger']})"):
+                auroc.update({(i, j): (100 * d[name], None, learned, False, None) for j, name in enumerate(detectors)})
+    title = (f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples, {seeds_of(r)}. "
+             "Ring: the paper's value. Hatched: destroyed. Grey: not learned.")
+    with drawing(path, (11.5, 0.4 * len(lines) + 1.3), title, (1, 3), ratios=[len(defenses)] * 2 + [2.5]) as [axes]:
+        names = [attack + title for attack, title, *_ in lines], [""] * len(lines), [""] * len(lines)
+        heat_map(axes[0], ca, "Blues", "CA, %", names[0], defenses)
+        heat_map(axes[1], asr, "Reds", "ASR, %", names[1], defenses)
+        heat_map(axes[2], auroc, "Greys", "detectors, AUROC", names[2], ("STRIP", "spikes"))
+
+
+def heat_map(axis, cells, colors, title, rows, columns):
+    """Cells {(row, column): (value in percent, spread, learned, destroyed, the paper's value)}, darker for more."""
+    def shade(value):
+        return matplotlib.colormaps[colors](value / 130)
+    for (i, j), (value, spread, learned, destroyed, theirs) in cells.items():
+        axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=shade(value) if learned else "0.9",
+                                 edgecolor="white", hatch="////" * destroyed))
+        axis.text(j - 0.12 * (theirs is not None), i, f"{value:.0f}" + f" ±{spread or 0:.0f}" * (spread is not None),
+                  ha="center", va="center", fontsize=7,
+                  color="0.55" if not learned else "white" if value > 75 else "black")
+        if theirs is not None:
+            axis.plot(j + 0.33, i, "o", markersize=8, markerfacecolor=shade(theirs), markeredgecolor="black")
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), title=title)
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
 def figure_events(r, path):

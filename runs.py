@@ -100,10 +100,8 @@ def print_epoch(row, s, chance=0):
 # Numbers
 
 def mean_of(rows):
-    """Mean of every number in a list of equal dicts, and of dicts in them; other values are taken from the first."""
+    """Mean of every number in a list of equal dicts; other values are taken from the first."""
     def mean(values):
-        if all(isinstance(v, dict) for v in values):
-            return mean_of(values)
         numbers = [v for v in values if isinstance(v, float)]
         digits = 4 if numbers and max(map(abs, numbers)) < 10 else 2
         return round(sum(numbers) / len(numbers), digits) if numbers else values[0]

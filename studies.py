@@ -152,9 +152,9 @@ def without_backdoor(s):
 
 
 def over_seeds(rows):
-    """One cell's mean over seeds, and its spread where there are several; the same for what a cell holds inside."""
-    spread = runs.spread_of(rows)
-    return dict(runs.mean_of(rows), **dict(spread=spread) if spread else {})
+    """One cell's mean over seeds, and its spread where there are several; the same for the cell `restored` inside."""
+    inside = {key: over_seeds([row[key] for row in rows]) for key, value in rows[0].items() if isinstance(value, dict)}
+    return runs.mean_of(rows) | inside | (dict(spread=runs.spread_of(rows)) if len(rows) > 1 else {})
 
 
 def defend_attack(s, attack):

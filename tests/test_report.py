@@ -275,10 +275,11 @@ def defense_row(attack, defense, **changes):
 def test_table2_by_hand(tmp_path):
     """BadSNN has a line for each trigger; what a defence destroyed is marked; what was not run is '-'; the paper's
     cells stand under theirs, whatever the order and number of ours; a variant of a set has the set's; a line for what
-    is left when the threshold is set back as well, where that was measured."""
+    is left when the threshold is set back as well, where that was measured; spreads; what was not learned."""
     rows = [defense_row("badsnn", "nad", restored=dict(ca=89.0, target_rate=0.0, asr=5.0)),
             defense_row("badsnn", "none", ca=30.0, destroyed=True, asr_clean_model=6.1),
-            defense_row("wanet", "none"), defense_row("own", "none"), defense_row("wanet", "mine")]
+            defense_row("wanet", "none"), defense_row("own", "none", asr=49.0, spread=dict(ca=1.0, asr=2.0)),
+            defense_row("wanet", "mine")]
     triggers = [("badsnn", "T_o"), ("badsnn", "T_p"), ("wanet", "wanet"), ("own", "own")]
     result = dict(SETTINGS, rows=rows, detectors=[dict(attack=attack, trigger=trigger) for attack, trigger in triggers],
                   n_defender=100, v_thr_d=1.1)
@@ -288,11 +289,11 @@ def test_table2_by_hand(tmp_path):
         "| **gtsrb_small**, seed 0, 100 images for the defender, clean model 99.0, 2 min |  |  |  |",
         "| badsnn (T_o), V_a 1.1, clean model 6.1 | 90.0 / 80.0 / 2.0 | 30.0 / 80.0 / 2.0 † | - |",
         "| badsnn (T_p), V_a 1.1 | 90.0 / 70.0 / 2.0 | 30.0 / 70.0 / 2.0 † | - |",
-        "| badsnn (T_o), threshold set back as well | 89.0 / 5.0 / 0.0 | - | - |",
+        "| badsnn (T_o, threshold set back) | 89.0 / 5.0 / 0.0 | - | - |",
         "| *paper* | *70.1 / 9.9* | *87.4 / 85.0* |  |",
         "| wanet, clean model - | - | 90.0 / 80.0 / 2.0 | 90.0 / 80.0 / 2.0 |",
         "| *paper* | *31.9 / 2.9* | *96.0 / 99.8* |  |",
-        "| own, clean model - | - | 90.0 / 80.0 / 2.0 | - |"]
+        "| own, clean model -, **not learned** | - | (90.0 ± 1.0 / 49.0 ± 2.0 / 2.0) | - |"]
 
 
 def test_defend_draws_the_attacks_that_were_run(tmp_path):
