@@ -175,8 +175,8 @@ def defend_attack(s, attack):
         triggers = {attack: baselines.BASELINES[attack](model.eval(), s)}
     say(f"\n{attack}, deployed at v_thr {v_thr:g}; the defender has {len(y)} of {len(data.y_test)} test images\n"
         f"{'defense':>10} {'CA':>6} {'target_rate':>11} {'ASR':>6} {'ASR_p':>6} {'pruned':>6} {'sec':>6}")
-    decides = dict(s.of(), inputs=fingerprint(model, clean, x, y, scored.x_test, scored.y_test, list(triggers),
-                                              list(triggers.values()), runs.code_of(*CODE)))
+    decides = dict(replace(s, seeds=1).of(), inputs=fingerprint(
+        model, clean, x, y, scored.x_test, scored.y_test, list(triggers), list(triggers.values()), runs.code_of(*CODE)))
 
     def cell(name, run):
         path = s.runs / data.name / "cells" / f"{attack}-{name}-seed{s.seed}-{fingerprint(decides)[:8]}.json"

@@ -73,9 +73,14 @@ def test_defend(workplace, capsys, monkeypatch):
     badsnn.main(arguments)
     assert cells == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("cells/*.json")}
     assert json.loads(Path("runs/results/digits/defend.json").read_text())["rows"] == result["rows"]
-    badsnn.main([*arguments, "--attacks", "badnets"])
-    rows = json.loads(Path("runs/results/digits/defend.json").read_text())["rows"]
-    assert {row["attack"] for row in rows} == {"badnets"}
+    badsnn.main([*arguments, "--attacks", "badnets", "--seeds", "2"])
+    result = json.loads(Path("runs/results/digits/defend.json").read_text())
+    assert {row["attack"] for row in result["rows"]} == {"badnets"} and len(result["runs"]) == 2
+    for row, one, other in zip(result["rows"], *(run["rows"] for run in result["runs"])):       # mean and spread
+        for key in ("ca", "asr", "target_rate"):
+            assert row[key] == pytest.approx((one[key] + other[key]) / 2, abs=0.006)
+            assert row["spread"][key] == pytest.approx(abs(one[key] - other[key]) / 2 ** 0.5, abs=0.006)
+    assert all(path.stat().st_mtime_ns == time for path, time in cells.items()), "seed 0 was there"
 
 
 def test_the_defenders_images_are_drawn_per_class_and_never_scored(workplace):
