@@ -548,6 +548,16 @@ def figure_events(r, path):
             axis.set_yticks(-np.arange(len(names)), names)
 
 
+def figure_recipe(r, path):
+    """Time to accuracy: one line per recipe of training."""
+    with drawing(path, (7, 3), titled(r)) as [[axis]]:
+        looks = zip(("o:", "s--", "^-.", "D-"), ("0.6", "0.4", "0.2", "tab:red"))
+        for name, (style, gray) in zip(unique(r["rows"], "recipe"), looks):
+            rows = [row for row in r["rows"] if row["recipe"] == name]
+            curve(axis, rows, "minutes", "ca", (name, style, gray))
+        axis.set(xlabel="minutes of training", ylabel="CA, %, held-out training images", ylim=(0, None))
+
+
 def figure_story(r, path):
     """story.json in three curves, named where they end: does T_p do more to this model than to a clean one?"""
     looks = {"ca": ("no trigger:\nright class", "o--", "black"), "asr_p": ("T_p:\ntarget class", "^-", "tab:red"),
@@ -593,9 +603,8 @@ def figure_scan(r, path):
 
 FIGURES = {
     "attack": figure_attack, "threshold": figure_threshold, "heatmap": figure_heatmap, "magnitude": figure_magnitude,
-    "scan": figure_scan,
-    "trigger": figure_trigger, "defend": figure_defend, "story": figure_story,
-    "events": figure_events,
+    "trigger": figure_trigger, "defend": figure_defend, "story": figure_story, "events": figure_events,
+    "scan": figure_scan, "recipe": figure_recipe,
     "poison": partial(figure_lines, x="poison_ratio", keys="ca target_rate asr_p", xscale="log", xlabel="poison ratio"),
     "power": partial(figure_lines, x="q", keys="asr_p asr_p_clean_model read", split="renormalize", xscale="log",
                      titles=["T_p literal", "T_p re-normalised"]),

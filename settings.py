@@ -23,7 +23,7 @@ from models import NEURONS, WIDTHS
 
 ATTACKS = ("badnets", "blend", "wanet", "clean_label")                      # Table 2's other attacks
 EVENT_ATTACKS = ("static", "moving", "smart", "flashy")                      # the same for event data
-STUDIES = ("threshold", "heatmap", "poison", "magnitude", "power", "trigger", "plif", "events")
+STUDIES = ("threshold", "heatmap", "poison", "magnitude", "power", "trigger", "plif", "events", "recipe")
 
 # Ranges: how an error message says them, and the check. NaN fails every comparison, infinity is never asked for.
 POSITIVE = "greater than 0", lambda v: 0 < v < math.inf
@@ -238,7 +238,8 @@ def parse(argv=None):
         if name == "ablate":
             command.add_argument("--study", choices=STUDIES, required=True,
                                  help="Fig. 2: threshold, 3: heatmap, 4a: poison, 4b: magnitude, 6: plif; power: q of "
-                                      "T_p; trigger: T_o's presets; events: T_s, and attacks that work on events")
+                                      "T_p; trigger: T_o's presets; events: T_s, and attacks that work on events; "
+                                      "recipe: time to accuracy")
         if name == "scan":
             command.add_argument("--models", type=int, default=40, metavar="V",
                                  help="digits: so many clean and so many backdoored models are scanned (default: 40)")

@@ -29,7 +29,7 @@ ROOT = Path(badsnn.__file__).parent
 MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, libraries, lif,
                                                   machine, models, report, runs, scan, settings, studies, trigger)}
 LINES = dict(lif=210, libraries=80, scan=330, fused=250, models=220, data=302, baselines=240, trigger=300,
-             defenses=448, badsnn=440, studies=451, report=607, settings=305, runs=220, machine=200)       # at most
+             defenses=448, badsnn=440, studies=480, report=640, settings=305, runs=220, machine=200)       # at most
 FLOORS = [{"fused", "libraries"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
           {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"scan"}, {"report"}]
 
@@ -59,7 +59,7 @@ def test_a_file_is_read_in_one_sitting(name):
 
 
 def test_the_whole_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4547
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4650
 
 
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
