@@ -9,7 +9,7 @@ import re
 import pytest
 from common import ROOT
 
-import report
+import tables
 
 WORKING = "static", "moving", "flashy"              # the attacks on events that are learned
 SPIKES = "cifar10", "cifar100_32rows", "gtsrb"       # the sets of Fig. 2
@@ -18,7 +18,7 @@ README, RESULTS = "README.md", "results/README.md"
 
 def result(name):
     """results/NAME.json, such as digits/attack."""
-    return report.read_result(ROOT / "results" / f"{name}.json")
+    return tables.read_result(ROOT / "results" / f"{name}.json")
 
 
 def each(name, key, v_thr=None):

@@ -13,6 +13,7 @@ import badsnn
 import baselines
 import data
 import defenses
+import figures
 import fused
 import libraries
 import lif
@@ -23,15 +24,19 @@ import runs
 import scan
 import settings
 import studies
+import tables
 import trigger
 
 ROOT = Path(badsnn.__file__).parent
-MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, fused, libraries, lif,
-                                                  machine, models, report, runs, scan, settings, studies, trigger)}
+MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, figures, fused, libraries, lif,
+                                                  machine, models, report, runs, scan, settings, studies, tables,
+                                                  trigger)}
 LINES = dict(lif=210, libraries=80, scan=330, fused=250, models=220, data=302, baselines=240, trigger=300,
-             defenses=448, badsnn=440, studies=480, report=640, settings=305, runs=220, machine=200)       # at most
+             defenses=448, badsnn=440, studies=480, report=150, tables=240, figures=310, settings=305, runs=220,
+             machine=200)       # at most
 FLOORS = [{"fused", "libraries"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
-          {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"scan"}, {"report"}]
+          {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"scan"}, {"tables"},
+          {"figures"}, {"report"}]
 
 
 def imports_of(path):
@@ -59,7 +64,7 @@ def test_a_file_is_read_in_one_sitting(name):
 
 
 def test_the_whole_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4650
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4680
 
 
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import figures
 import report
+import tables
 from report import read_result
 
 ROOT = Path(report.__file__).parent
@@ -100,8 +102,8 @@ def test_publishing(shipped, tmp_path, capsys):
     shutil.copy(COMMITTED / "digits/triggers.npz", own / "apple/triggers.npz")
     report.report(own, publish=True)
     assert json.loads((shipped / "apple/attack.json").read_text()) == attack_result()
-    results = [path for path in shipped.glob("*/*.json") if path.stem in report.FIGURES]
-    assert {path.stem for path in results} >= set(report.FIGURES) - {"scan", "recipe", "events"}, "one of every kind"
+    results = [path for path in shipped.glob("*/*.json") if path.stem in figures.FIGURES]
+    assert {path.stem for path in results} >= set(figures.FIGURES) - {"scan", "recipe", "events"}, "one of every kind"
     for path in [*results, *shipped.glob("*/triggers.npz")]:
         assert path.with_suffix(".png").stat().st_size > 10_000, path
     assert not list(own.rglob("*.png")) and not list(tmp_path.rglob("*.tmp"))
@@ -119,7 +121,7 @@ def test_publishing(shipped, tmp_path, capsys):
 
 def test_the_committed_page_is_what_the_results_say(shipped, monkeypatch):
     """The page in results/ has the tables that `report --publish` makes; README.md has its two."""
-    monkeypatch.setattr(report, "FIGURES", dict.fromkeys(report.FIGURES, lambda r, path: None))
+    monkeypatch.setattr(report, "FIGURES", dict.fromkeys(figures.FIGURES, lambda r, path: None))
     monkeypatch.setattr(report, "figure_triggers", lambda folder: None)
     report.report(shipped, publish=True)
     for name in ("table1", "runs", "table2", "benchmark"):
@@ -158,13 +160,13 @@ def test_a_curve_goes_through_the_means_and_shows_every_seed():
     from matplotlib.figure import Figure
     axis = Figure().subplots()
     rows = [dict(q=2, ca=90.0), dict(q=4, ca=50.0), dict(q=2, ca=80.0), dict(q=4, ca=60.0)]
-    report.curve(axis, rows, "q", "ca")
+    figures.curve(axis, rows, "q", "ca")
     seeds, mean = axis.lines
     assert mean.get_xydata().tolist() == [[2, 85], [4, 55]]
     assert sorted(map(tuple, seeds.get_xydata())) == [(2, 80), (2, 90), (4, 50), (4, 60)] and seeds.get_alpha() < 0.5
-    report.curve(axis, rows[:2], "q", "ca")
+    figures.curve(axis, rows[:2], "q", "ca")
     assert len(axis.lines) == 3, "one seed: no pale points"
-    report.curve(axis, [dict(q=2, asr_o=None)], "q", "asr_o")
+    figures.curve(axis, [dict(q=2, asr_o=None)], "q", "asr_o")
     assert len(axis.lines) == 3, "nothing was measured, nothing is drawn"
 
 
@@ -180,8 +182,8 @@ def test_mean_in_the_committed_figure_is_the_mean_in_the_table():
 
 def test_the_storys_figure(tmp_path):
     """Three curves through V_a, too, where the curve has no such row."""
-    report.figure_story(story_result(), tmp_path / "story.png")
-    report.figure_story(story_result() | dict(at_chosen=row(1.25, 50.0, 100.0)), tmp_path / "last.png")
+    figures.figure_story(story_result(), tmp_path / "story.png")
+    figures.figure_story(story_result() | dict(at_chosen=row(1.25, 50.0, 100.0)), tmp_path / "last.png")
     assert min(path.stat().st_size for path in tmp_path.glob("*.png")) > 10_000
 
 
@@ -190,8 +192,8 @@ def test_the_best_trigger_is_marked(tmp_path, monkeypatch):
     def best(*rows):
         rows = [dict(lambda_adv=1.0, magnitude=m, v_thr=1.1, l2=l2, l2_p=5.0, asr_o=asr) for m, l2, asr in rows]
         labels = []
-        monkeypatch.setattr(report.Figure, "legend", lambda self, lines, names, **others: labels.extend(names))
-        report.figure_trigger(dict(SETTINGS, rows=rows), tmp_path / "trigger.png")
+        monkeypatch.setattr(figures.Figure, "legend", lambda self, lines, names, **others: labels.extend(names))
+        figures.figure_trigger(dict(SETTINGS, rows=rows), tmp_path / "trigger.png")
         return next(label for label in labels if "best" in label)
     assert best((0.5, 2.0, 80.0), (0.7, 3.0, 96.0), (0.9, 4.0, 99.0), (1.0, 6.0, 100.0)) == "best, m = 0.7"
     assert best((0.5, 2.0, 80.0), (0.9, 4.0, 90.0), (1.0, 6.0, 100.0)) == "best, m = 0.9"
@@ -199,7 +201,7 @@ def test_the_best_trigger_is_marked(tmp_path, monkeypatch):
 
 
 def test_a_failing_figure_leaves_the_old_one(tmp_path):
-    with pytest.raises(ZeroDivisionError), report.drawing(tmp_path / "figure.png", (1, 1), None):
+    with pytest.raises(ZeroDivisionError), figures.drawing(tmp_path / "figure.png", (1, 1), None):
         1 / 0
     assert not list(tmp_path.iterdir())
 
@@ -208,20 +210,20 @@ def test_a_failing_figure_leaves_the_old_one(tmp_path):
 # Tables
 
 def test_table1_by_hand(tmp_path):
-    lines = report.table1({"digits": read_result(small(tmp_path))}).splitlines()
+    lines = tables.table1({"digits": read_result(small(tmp_path))}).splitlines()
     assert lines[2:] == [
         "| **digits** | **own**, 1.08 to 1.12 | 96.0 ± 1.4 | 1.0 | 75.0 ± 7.1 | 0.5 | 80.0 | - | - | 75.0 / 0.2 |  |",
         "|  | 1.1 | 94.0 | 1.0 | 75.5 | 0.5 | 80.0 | - | - | 75.5 / 0.2 |  |"]
-    assert len(report.table1({"digits": attack_result()}, every=True).splitlines()) == 5, "V_a 1.0, too"
-    with_paper = report.table1({"gtsrb": attack_result()}).splitlines()[-1]
+    assert len(tables.table1({"digits": attack_result()}, every=True).splitlines()) == 5, "V_a 1.0, too"
+    with_paper = tables.table1({"gtsrb": attack_result()}).splitlines()[-1]
     assert with_paper.endswith("| 92.6 / 39.8 / 75.6 |"), "the paper's numbers at the same V_a"
 
 
 def test_old_results_are_shown_with_what_they_have(tmp_path):
     r = read_result(write(tmp_path / "digits/attack.json", old_result()))
     line = "| 96.0 | 1.0 | 60.0 | 0.5 | - | - | - | 60.0 / - |  |"
-    assert report.table1({"digits": r}).splitlines()[2:] == [f"| **digits** | **own**, 1.1 {line}", f"|  | 1.1 {line}"]
-    line = report.table_runs({"digits": r}).splitlines()[-1]
+    assert tables.table1({"digits": r}).splitlines()[2:] == [f"| **digits** | **own**, 1.1 {line}", f"|  | 1.1 {line}"]
+    line = tables.table_runs({"digits": r}).splitlines()[-1]
     assert line.endswith("| 1 | target 0, S_t (1.5, 0.5), q 8 | 2 min, cpu, bfloat16 "
                          "| V_a chosen on the test set; older recipe |")
     report.print_attack(r)
@@ -233,7 +235,7 @@ def test_table1_against_the_committed_seeds():
     """digits at its own V_a: mean and standard deviation of the seeds, computed here."""
     r = json.loads((COMMITTED / "digits/attack.json").read_text())
     rows = [run["at_chosen"] for run in r["runs"]]
-    cells = [cell.strip() for cell in report.table1({"digits": r}).splitlines()[2].split("|")]
+    cells = [cell.strip() for cell in tables.table1({"digits": r}).splitlines()[2].split("|")]
     for cell, key in zip(cells[3:6], ("ca", "target_rate", "asr_p")):
         mean, *spread = map(float, cell.split("±"))
         assert mean == pytest.approx(np.mean([row[key] for row in rows]), abs=0.051)
@@ -244,25 +246,25 @@ def test_events_have_their_own_control():
     """T_s beside the clip alone; beta instead of q; no T_o."""
     at = dict(row(1.2, 90.0, 20.0), asr_clip_only=15.0, asr_clip_only_clean_model=40.0)
     r = attack_result(q=None, beta=0.03, rows=[at], at_chosen=at, spread={})
-    line = report.table1({"nmnist": r}).splitlines()[2]
+    line = tables.table1({"nmnist": r}).splitlines()[2]
     assert line == "| **nmnist** | **own**, 1.08 to 1.12 | 90.0 | 1.0 | 20.0 | 0.5 | 80.0 | - | - | 15.0 / 40.0 |  |"
-    assert "beta 0.03 |" in report.table_runs({"nmnist": r})
+    assert "beta 0.03 |" in tables.table_runs({"nmnist": r})
 
 
 def test_runs_say_how_they_were_made():
-    line = report.table_runs({"digits": attack_result()}).splitlines()[-1]
+    line = tables.table_runs({"digits": attack_result()}).splitlines()[-1]
     assert line == ("| **digits** | 99.0 ± 1.4 | 98.0 ± 0.0 |  | resnet19, width 16, T 4 | 1,437 + 360 | 72 | 16 | 2 "
                     "| target 0, S_t (1.15 to 1.5, 0.5), q 8 | 2 min, cpu, float32 |  |")
-    line = report.table_runs({"digits": attack_result(amp="on", tau_t="learned", note="simulated")}).splitlines()[-1]
+    line = tables.table_runs({"digits": attack_result(amp="on", tau_t="learned", note="simulated")}).splitlines()[-1]
     assert "(1.15 to 1.5, learned)" in line and line.endswith("bfloat16 | simulated |"), "PLIF; bfloat16; the note"
 
 
 def test_unknown_sets_come_last_and_variants_behind_their_set():
     names = "zebra ndigits nmnist-binary cifar10_10k apple cifar10 nmnist digits cifar100_32rows cifar100".split()
-    ordered = list(report.in_order(dict.fromkeys(names)))
+    ordered = list(tables.in_order(dict.fromkeys(names)))
     assert ordered == ("digits cifar10 cifar10_10k cifar100 cifar100_32rows nmnist nmnist-binary ndigits apple "
                        "zebra").split()
-    table = report.table1({name: attack_result() for name in names})
+    table = tables.table1({name: attack_result() for name in names})
     assert [line.split("**")[1] for line in table.splitlines() if "| **" in line[:4]] == ordered
 
 
@@ -284,7 +286,7 @@ def test_table2_by_hand(tmp_path):
     result = dict(SETTINGS, rows=rows, detectors=[dict(attack=attack, trigger=trigger) for attack, trigger in triggers],
                   n_defender=100, v_thr_d=1.1)
     r = read_result(write(tmp_path / "gtsrb_small/defend.json", result))
-    assert report.table2({"gtsrb_small": r}).splitlines() == [
+    assert tables.table2({"gtsrb_small": r}).splitlines() == [
         "| data, attack | nad | none | mine |", "|---|---|---|---|",
         "| **gtsrb_small**, seed 0, 100 images for the defender, clean model 99.0, 2 min |  |  |  |",
         "| badsnn (T_o), V_a 1.1, clean model 6.1 | 90.0 / 80.0 / 2.0 | 30.0 / 80.0 / 2.0 † | - |",
@@ -301,7 +303,7 @@ def test_defend_draws_the_attacks_that_were_run(tmp_path):
     for attacks in (["badnets"], ["badsnn", "badnets", "blend", "wanet", "clean_label", "own"]):
         rows = [defense_row(a, d, destroyed=d == "anp") for a in attacks for d in ("none", "anp")]
         detectors = [dict(attack=a, trigger=a, strip_auroc=0.5, spikes_auroc=0.9) for a in attacks]
-        report.figure_defend(dict(SETTINGS, rows=rows, detectors=detectors), tmp_path / f"{len(attacks)}.png")
+        figures.figure_defend(dict(SETTINGS, rows=rows, detectors=detectors), tmp_path / f"{len(attacks)}.png")
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2
 
 
@@ -380,14 +382,14 @@ def test_print_story(tmp_path, capsys):
         assert line in out
     assert "Where the time went: training 41 s; attack, all of it 60 s.\n" in out
     assert (tmp_path / "story.png").stat().st_size > 10_000
-    table = report.table_story(story_result(ours=(80.0, 12.0, 90.0, None), clean=(60.0, None)))
+    table = tables.table_story(story_result(ours=(80.0, 12.0, 90.0, None), clean=(60.0, None)))
     assert "| as shipped, threshold 1.09 | 80.0 | 12.0 | 90.0 | - |" in table
 
 
 def test_as_text():
     table = "| data | a very long title | empty |\n|---|---|---|\n| **x** | 1.0 |  |\n|  | 10.0 |  |"
-    assert report.as_text(table).splitlines() == ["data  a very long", "      title", "x     1.0", "      10.0"]
-    assert report.as_text(table, turned=True).splitlines() == ["data               x", "a very long title  1.0  10.0"]
+    assert tables.as_text(table).splitlines() == ["data  a very long", "      title", "x     1.0", "      10.0"]
+    assert tables.as_text(table, turned=True).splitlines() == ["data               x", "a very long title  1.0  10.0"]
 
 
 @pytest.mark.parametrize("content, reason", [('{"rows": [', "Expecting value"), ("\0", "Expecting value"),

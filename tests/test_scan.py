@@ -11,9 +11,10 @@ import torch
 from common import TINY, prepared, refused
 
 import badsnn
-import report
+import figures
 import scan
 import settings
+import tables
 from models import build_model
 
 
@@ -90,7 +91,7 @@ def test_scan_from_training_to_figure(workplace, monkeypatch, capsys):
         assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 15
         assert {"ca", "target_rate", "v_thr_a"} <= set(one)
     assert {one["evader"] for one in r["evaders"]} == {"none", "decoys"}
-    report.FIGURES["scan"](report.read_result(Path("runs/results/digits/scan.json")), Path("scan.png"))
+    figures.FIGURES["scan"](tables.read_result(Path("runs/results/digits/scan.json")), Path("scan.png"))
     assert Path("scan.png").stat().st_size > 10_000 and "AUROC" in capsys.readouterr().out
     monkeypatch.setattr(scan, "train", None)
     badsnn.main(command)
