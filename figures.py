@@ -182,12 +182,13 @@ def figure_defend(r, path):
             if d["attack"] == attack and measured and title in ("", f" ({d['trigger']})"):
                 auroc.update({(i, j): (100 * d[name], None, learned, False, None) for j, name in enumerate(detectors)})
     title = (f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples, {seeds_of(r)}. "
-             "Ring: the paper's value. Hatched: destroyed. Grey: not learned.")
+             + "Ring: the paper's value. " * any(cell[4] is not None for cell in ca.values())
+             + "Hatched: destroyed. Grey: not learned.")
     with drawing(path, (11.5, 0.4 * len(lines) + 1.3), title, (1, 3), ratios=[len(defenses)] * 2 + [2.5]) as [axes]:
         names = [attack + title for attack, title, *_ in lines], [""] * len(lines), [""] * len(lines)
         heat_map(axes[0], ca, "Blues", "CA, %", names[0], defenses)
         heat_map(axes[1], asr, "Reds", "ASR, %", names[1], defenses)
-        heat_map(axes[2], auroc, "Greys", "detectors, AUROC", names[2], ("STRIP", "spikes"))
+        heat_map(axes[2], auroc, "Greys", "detectors, AUROC x 100", names[2], ("STRIP", "spikes"))
 
 
 def heat_map(axis, cells, colors, title, rows, columns):
