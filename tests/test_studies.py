@@ -21,7 +21,7 @@ def test_studies_and_report(workplace, monkeypatch):
     monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
     short = ["--epochs", "1"]
     attack("--v-thr-a", "1.1", *short)
-    for study in studies.STUDIES:
+    for study in (study for study in studies.STUDIES if study != "events"):      # digits are images
         try:
             badsnn.main(["ablate", "--study", study, *TINY, *short, "--v-thr-a", "1.0", "1.1"])
         except SystemExit:
