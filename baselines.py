@@ -122,32 +122,34 @@ def moving(frames, polarity=1, size=3):
 
 
 def smart(frames, plan, size=3):
-    """Sneaky Spikes (Abad et al. 2024), smart: a square where the recordings are busiest, of the polarity that is
+    """Sneaky Spikes (Abad et al. 2024), smart: a square where the recordings are quietest, of the polarity that is
     rarest there. plan: see smart_plan. Frames [B, T, 2, H, W] -> the same."""
     return stamp(frames, plan[:, :2].tolist(), plan[0, 2].item(), size)
 
 
-def smart_plan(x, seed=0, fields=3, size=3):
+def smart_plan(x, seed=0, busiest=False, fields=3, size=3):
     """Where `smart` marks: y, x and polarity for every step, int64 [T, 3], found on training frames x [N, T, 2, H, W].
 
-    Of fields x fields parts of the sensor the one with the most active pixels; of the four polarities that a pixel can
-    show in a step (see polarities) the one that is rarest there. In that part the square walks at random, two pixels
-    per step up or down and two to the left or right, never nearer to the part's edges than its own size.
-    # differs from the source: one plan for training and test, where it draws a new walk for each; counts above 1 are
-    # active, too, and all four polarities are counted in pixels
+    Of fields x fields parts of the sensor the one with the fewest active pixels, or with `busiest` the most; of the
+    four polarities that a pixel can show in a step (see polarities) the one that is rarest there. In that part the
+    square walks at random, two pixels per step up or down and two to the left or right, never nearer to the part's
+    edges than its own size.
+    # differs from the source: the quietest part, an option there (--least), is the default here, as in the busiest one
+    # the square drowns among pixels that hold several events; one plan for training and test, where the source draws
+    # a new walk for each; counts above 1 are active, too, and all four polarities are counted in pixels
     """
     shown = 2 * (x[:, :, 0] > 0) + (x[:, :, 1] > 0).long()                          # [N, T, H, W], 0 to 3
     side, rng = x.shape[-1] // fields, generator(seed, "walk of the smart trigger")
     counts = {(i, j): shown[..., i * side:(i + 1) * side, j * side:(j + 1) * side].flatten().bincount(minlength=4)
               for i in range(fields) for j in range(fields)}
-    busiest = max(counts, key=lambda field: counts[field][1:].sum())
+    part = (max if busiest else min)(counts, key=lambda field: counts[field][1:].sum())
     place = torch.randint(size, side - size + 1, (2,), generator=rng)
     plan = []
     for _ in range(x.shape[1]):
         step = 4 * torch.randint(2, (2,), generator=rng) - 2
         inside = (place + step >= size) & (place + step <= side - size)
         place = torch.where(inside, place + step, place - step)
-        plan.append([*(place + side * torch.tensor(busiest)).tolist(), counts[busiest].argmin().item()])
+        plan.append([*(place + side * torch.tensor(part)).tolist(), counts[part].argmin().item()])
     return torch.tensor(plan)
 
 

@@ -169,18 +169,23 @@ def test_event_triggers_by_hand():
     assert baselines.flashy(torch.zeros(1, 4, 2, 34, 34)).sum() == 2 * 34 * 34
 
 
-def test_the_smart_plan_finds_the_busiest_part_and_its_rarest_polarity():
+def test_the_smart_plan_finds_the_part_and_its_rarest_polarity():
     x = torch.zeros(20, 50, 2, 34, 34, dtype=torch.uint8)
     x[:, :, 0, 22:33, 0:11], x[:, :, 1, 22:33, 0:6] = 1, 7           # lower left: OFF everywhere, ON too in a half
     x[:, :, 1, 0:11, 11:22] = 200                                     # many events, but in fewer active pixels
     x[:, :, 1, 8:11, 11:22] = 0
     x[0, 0, :, 25, 3], x[0, 0, 1, 26, 3], x[0, 0, 0, 26, 3] = 0, 1, 0  # one empty, one with ON alone
     x[0, 1, :, 25, 3] = 0                                             # another empty one: ON alone is rarest
-    plan = baselines.smart_plan(x, seed=0)
+    plan = baselines.smart_plan(x, seed=0, busiest=True)
     assert plan.shape == (50, 3) and (plan[:, 2] == 1).all()
     y, column = plan[:, 0], plan[:, 1]
     assert y.min() >= 22 + 3 and y.max() + 3 <= 33 and column.min() >= 3 and column.max() + 3 <= 11
     assert (plan[1:, :2] - plan[:-1, :2]).abs().eq(2).all() and len(plan[:, :2].unique(dim=0)) >= 4
+    x[:, :, :, :11] = x[:, :, :, 11:, 11:] = 1                        # left in the middle: the quietest part
+    x[:, :, :, 11:22, :11], x[:, :, 1, 12, :11], x[:3, :, 0, 14, :9] = 0, 1, 1      # no pixel with both events
+    plan = baselines.smart_plan(x, seed=0)
+    assert (plan[:, 2] == 3).all() and plan[:, 0].min() >= 11 + 3 and plan[:, 0].max() + 3 <= 22
+    assert plan[:, 1].min() >= 3 and plan[:, 1].max() + 3 <= 11
     assert torch.equal(plan, baselines.smart_plan(x, seed=0)) and not torch.equal(plan, baselines.smart_plan(x, seed=1))
 
 
