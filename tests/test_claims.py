@@ -50,6 +50,29 @@ def of_classics(key, defense):
     return defended("digits", key, *(f"{attack} {defense}" for attack in ("badnets", "blend", "wanet")))
 
 
+def poisoned(name, key, defense):
+    """The least and the greatest of the four attacks that poison events, after a defence."""
+    return ends(defended(name, key, *(f"{attack} {defense}" for attack in POISONING)))
+
+
+def by_seed(name, attack, key, defense=None):
+    """The least and the greatest over seeds of a detector's value, or of a cell's after a defence."""
+    runs = [run for run in result(f"{name}/defend")["runs"] if run["attack"] == attack]
+    return ends(row[key] for run in runs for row in run["rows" if defense else "detectors"]
+                if row.get("defense") == defense)
+
+
+def of_four(key, attacks):
+    """A detector's values for some attacks on N-MNIST, every seed's least and greatest."""
+    return [value for attack in attacks for value in by_seed("nmnist", attack, key)]
+
+
+def price_of_anp(name):
+    """The most points of CA that ANP costs one of the four."""
+    return max(before - after for before, after in zip(*(defended(name, "ca", *(
+        f"{attack} {defense}" for attack in POISONING)) for defense in ("none", "anp"))))
+
+
 def losses_of_ca():
     return [run["base_ca"] - run["at_chosen"]["ca"] for run in result("digits/attack")["runs"]]
 
@@ -134,6 +157,18 @@ CLAIMS = [
      "{:.1f}); clean networks give at most {:.1f} %", lambda: [
          events("asr", "smart", "smart"), *(events("ca", name, name) for name in POISONING),
          events("clean_ca", "static", "static"), max(events("asr_clean_model", name, name) for name in POISONING)]),
+    (RESULTS, "CLP do nothing, and fine-tuning leaves {:.1f} to {:.1f} %. ANP, at a cost of up to {:.0f} points of CA, "
+     "leaves the static and the smart square {:.1f} and {:.1f} %, but the moving one between {:.1f} and {:.1f} and the "
+     "strobe between {:.1f} and {:.1f}, depending on the seed", lambda: [
+         *poisoned("nmnist", "asr", "fine_tune"), price_of_anp("nmnist"),
+         *defended("nmnist", "asr", "static anp", "smart anp"),
+         *by_seed("nmnist", "moving", "asr", "anp"), *by_seed("nmnist", "flashy", "asr", "anp")]),
+    (RESULTS, "STRIP finds all four (AUROC of at least {:.2f}), the spike count none of the squares ({:.2f} to {:.2f}) and "
+     "the strobe on one seed of three ({:.2f} to {:.2f}). The threshold scan scores BadSNN's networks {:.2f} to {:.2f} "
+     "and a clean one {:.2f}, but the poisoned ones anything from {:.2f} to {:.2f}", lambda: [
+         min(of_four("strip_auroc", POISONING)), *ends(of_four("spikes_auroc", ("static", "moving", "smart"))),
+         *by_seed("nmnist", "flashy", "spikes_auroc"), *by_seed("nmnist", "badsnn", "scan_score"),
+         result("nmnist/defend")["scan_clean_model"], *ends(of_four("scan_score", POISONING))]),
     (RESULTS, "all reach {:.1f} %", lambda: [min(events("asr", name, name) for name in POISONING[:3])]),
     (RESULTS, "T_s gives {:.1f} % where no trigger gives {:.1f} %", lambda: at(
         "nmnist-binary", 1.2, "asr_p", "target_rate")),
