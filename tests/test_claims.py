@@ -163,9 +163,9 @@ CLAIMS = [
          *poisoned("nmnist", "asr", "fine_tune"), price_of_anp("nmnist"),
          *defended("nmnist", "asr", "static anp", "smart anp"),
          *by_seed("nmnist", "moving", "asr", "anp"), *by_seed("nmnist", "flashy", "asr", "anp")]),
-    (RESULTS, "STRIP finds all four (AUROC of at least {:.2f}), the spike count none of the squares ({:.2f} to {:.2f}) and "
-     "the strobe on one seed of three ({:.2f} to {:.2f}). The threshold scan scores BadSNN's networks {:.2f} to {:.2f} "
-     "and a clean one {:.2f}, but the poisoned ones anything from {:.2f} to {:.2f}", lambda: [
+    (RESULTS, "STRIP finds all four (AUROC of at least {:.2f}), the spike count none of the squares ({:.2f} to {:.2f}) "
+     "and the strobe on one seed of three ({:.2f} to {:.2f}). The threshold scan scores BadSNN's networks {:.2f} to "
+     "{:.2f} and a clean one {:.2f}, but the poisoned ones anything from {:.2f} to {:.2f}", lambda: [
          min(of_four("strip_auroc", POISONING)), *ends(of_four("spikes_auroc", ("static", "moving", "smart"))),
          *by_seed("nmnist", "flashy", "spikes_auroc"), *by_seed("nmnist", "badsnn", "scan_score"),
          result("nmnist/defend")["scan_clean_model"], *ends(of_four("scan_score", POISONING))]),
