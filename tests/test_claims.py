@@ -169,13 +169,13 @@ CLAIMS = [
          min(of_four("strip_auroc", POISONING)), *ends(of_four("spikes_auroc", ("static", "moving", "smart"))),
          *by_seed("nmnist", "flashy", "spikes_auroc"), *by_seed("nmnist", "badsnn", "scan_score"),
          result("nmnist/defend")["scan_clean_model"], *ends(of_four("scan_score", POISONING))]),
-    (RESULTS, "the four reach {:.1f} to {:.1f} % at CA {:.1f} to {:.1f} (clean model {:.1f}). The strobe's CA is {:.1f} "
-     "± {:.1f};", lambda: [*poisoned("ndigits", "asr", "none"), *poisoned("ndigits", "ca", "none"),
+    (RESULTS, "the four reach {:.1f} to {:.1f} % at CA {:.1f} to {:.1f} (clean model {:.1f}). The strobe's CA is "
+     "{:.1f} ± {:.1f};", lambda: [*poisoned("ndigits", "asr", "none"), *poisoned("ndigits", "ca", "none"),
                          result("ndigits/defend")["clean_ca"], *defended("ndigits", "ca", "flashy none"),
                          defended("ndigits", "spread", "flashy none")[0]["ca"]]),
     (RESULTS, "it leaves the moving square {:.1f} and the smart one {:.1f} %, with spreads of {:.0f} and {:.0f} over "
-     "seeds, but the static one {:.1f} and the strobe {:.1f}. ANP leaves {:.1f} to {:.1f} %, and the spike count finds "
-     "the strobe (AUROC {:.2f})", lambda: [
+     "seeds, but the static one {:.1f} and the strobe {:.1f}. ANP leaves {:.1f} to {:.1f} %, and the spike count "
+     "finds the strobe (AUROC {:.2f})", lambda: [
          *defended("ndigits", "asr", "moving fine_tune", "smart fine_tune"),
          *(cell["asr"] for cell in defended("ndigits", "spread", "moving fine_tune", "smart fine_tune")),
          *defended("ndigits", "asr", "static fine_tune", "flashy fine_tune"), *poisoned("ndigits", "asr", "anp"),
