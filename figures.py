@@ -262,7 +262,8 @@ def figure_story(r, path):
 def figure_scan(r, path):
     """The threshold scan: what models are sure of when their thresholds change, and the scores of every kind."""
     looks = {"clean": "tab:blue", "badsnn": "tab:red", "badnets": "0.35", "blend": "0.35"}
-    with drawing(path, (9.5, 3.6), titled(dict(r, rows=r["rows"][:1])), (1, 2)) as [[left, right]]:
+    n = len(r["rows"]) + len(r["evaders"])
+    with drawing(path, (9.5, 3.6), f"{r['dataset']}: {n} models", (1, 2)) as [[left, right]]:
         for row in r["rows"]:
             if row["kind"] in ("clean", "badsnn"):
                 x = [v / row["v_thr_a"] for v in row["v_thr"]]

@@ -142,5 +142,5 @@ def test_notebooks_are_as_promised(path):
                            for output in cell["outputs"])
 
 
-def test_there_are_eight_notebooks():
-    assert [path.stem[:2] for path in sorted(ROOT.glob("notebooks/*.ipynb"))] == [f"{i:02d}" for i in range(1, 9)]
+def test_there_are_nine_notebooks():
+    assert [path.stem[:2] for path in sorted(ROOT.glob("notebooks/*.ipynb"))] == [f"{i:02d}" for i in range(1, 10)]
