@@ -235,11 +235,14 @@ def test_uncompiled_is_the_same(monkeypatch):
 
 
 def test_one_kernel_serves_training_and_evaluation():
-    """Other sizes, views, numbers in place of values per sample, no gradients: nothing is compiled again."""
+    """Other sizes, views, numbers in place of values per sample, no gradients: nothing is compiled again. (The gradient
+    through a BatchNorm in eval mode is a kernel of its own: it is compiled here once, whatever tests ran before.)"""
     x, norm = torch.randn(4, 6, 8, 5, 5), nn.BatchNorm2d(8)
     LIF(torch.ones(6))(x, norm).sum().backward()
+    LIF(torch.ones(6))(x, norm.eval()).sum().backward()
     before = counters["stats"]["unique_graphs"]
     LIF(torch.ones(9)[:3], 0.3)(x[:, :3, :, 1:, 2:], norm.eval()).sum().backward()
+    LIF(torch.ones(9)[:3], 0.3)(x[:, :3, :, 1:, 2:], norm.train()).sum().backward()
     with torch.no_grad():
         LIF(1.2)(x[:, 1:], norm)
     assert counters["stats"]["unique_graphs"] == before
