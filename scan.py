@@ -283,10 +283,15 @@ def own(weights, build, images, known):
     need(isinstance(model, torch.nn.Module), f"--build {build} returned no torch.nn.Module")
     try:
         state = torch.load(weights, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise ValueError(f"--weights {weights}: {error}") from None
+    except Exception:       # torch.load has many: zip, pickle, key, type and runtime errors
+        raise ValueError(f"--weights {weights}: not a file of tensors, as torch.save(model.state_dict(), ...) makes; "
+                         "anything else in it is not read, because reading it could run code") from None
+    try:
         model.load_state_dict(state["model"] if "model" in state else state)
-    except Exception as error:      # torch.load has many: zip, pickle, key, type and runtime errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-        raise ValueError(f"--weights {weights}: {reason}") from None
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"--weights {weights} does not fit what --build makes: {str(error).splitlines()[0]}") from None
     x = images_of(images)
     _, unknown = libraries.neurons_of(model)
     try:

@@ -31,7 +31,7 @@ ROOT = Path(badsnn.__file__).parent
 MODULES = {module.__name__: module for module in (badsnn, baselines, data, defenses, figures, fused, libraries, lif,
                                                   machine, models, report, runs, scan, settings, studies, tables,
                                                   trigger)}
-LINES = dict(lif=210, libraries=80, scan=330, fused=250, models=220, data=302, baselines=240, trigger=300,
+LINES = dict(lif=210, libraries=80, scan=340, fused=250, models=220, data=302, baselines=240, trigger=300,
              defenses=448, badsnn=440, studies=480, report=150, tables=240, figures=310, settings=305, runs=220,
              machine=200)       # at most
 FLOORS = [{"fused", "libraries"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},

@@ -116,7 +116,8 @@ def test_a_network_of_ones_own(workplace, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(weights="absent.pt"), "absent.pt"), (dict(weights="images.npz"), "--weights images.npz"),
+    (dict(weights="absent.pt"), "absent.pt"), (dict(weights="images.npz"), "not a file of tensors"),
+    (dict(weights="other.pt"), "does not fit"),
     (dict(build="mine"), "module:function"), (dict(build="mine:absent"), "mine:absent"),
     (dict(build="mine:nothing"), "no torch.nn.Module"), (dict(build="absent_module:build"), "absent_module"),
     (dict(data="absent.npz"), "absent.npz"), (dict(data="mine.py"), "--data mine.py"),
@@ -128,6 +129,7 @@ def test_bad_networks_are_refused_in_one_line(workplace, capsys, changes, messag
     for name, arrays in dict(grey=dict(x=np.zeros((3, 16, 16, 1), np.uint8)), flat=dict(x=np.zeros((3, 16), np.uint8)),
                              large=dict(x=np.full((3, 3, 16, 16), 7.0)), other=dict(z=np.zeros(3))).items():
         np.savez(f"{name}.npz", **arrays)
+    torch.save({"head.weight": torch.zeros(2, 2)}, "other.pt")
     given = dict(dict(weights="model.pt", build="mine:build", data="images.npz"), **changes)
     error = refused(capsys, "scan", *(part for key, value in given.items() for part in (f"--{key}", value)))
     assert re.search(message, error)
