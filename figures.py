@@ -168,7 +168,8 @@ def figure_trigger(r, path):
 def figure_defend(r, path):
     """Table 2 at a glance: CA and ASR after every defence as heat maps, what the paper has as a ring in its colour; and
     what the detectors see. Grey: an attack that was not learned. Hatched: CA fell below half of the undefended."""
-    lines, defenses, detectors = [*table2_lines(r)], unique(r["rows"], "defense"), ("strip_auroc", "spikes_auroc")
+    lines, defenses = [*table2_lines(r)], unique(r["rows"], "defense")
+    detectors = dict(strip_auroc="STRIP", spikes_auroc="spikes", scan_score="scan: score")
     ca, asr, auroc = {}, {}, {}         # (line, column): value, spread, learned, destroyed, the paper's value
     for i, (attack, title, key, of, learned) in enumerate(lines):
         measured = not title.endswith("set back)")
@@ -180,15 +181,16 @@ def figure_defend(r, path):
                                                   float(theirs[name][place]) if name in theirs else None)
         for d in r["detectors"]:
             if d["attack"] == attack and measured and title in ("", f" ({d['trigger']})"):
-                auroc.update({(i, j): (100 * d[name], None, learned, False, None) for j, name in enumerate(detectors)})
+                auroc.update({(i, j): (100 * d[name], None, learned, False, None) for j, name in enumerate(detectors)
+                              if name in d})
     title = (f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples, {seeds_of(r)}. "
              + "Ring: the paper's value. " * any(cell[4] is not None for cell in ca.values())
              + "Hatched: destroyed. Grey: not learned.")
-    with drawing(path, (11.5, 0.4 * len(lines) + 1.3), title, (1, 3), ratios=[len(defenses)] * 2 + [2.5]) as [axes]:
+    with drawing(path, (11.5, 0.4 * len(lines) + 1.3), title, (1, 3), ratios=[len(defenses)] * 2 + [3.5]) as [axes]:
         names = [attack + title for attack, title, *_ in lines], [""] * len(lines), [""] * len(lines)
         heat_map(axes[0], ca, "Blues", "CA, %", names[0], defenses)
         heat_map(axes[1], asr, "Reds", "ASR, %", names[1], defenses)
-        heat_map(axes[2], auroc, "Greys", "detectors, AUROC x 100", names[2], ("STRIP", "spikes"))
+        heat_map(axes[2], auroc, "Greys", "detectors: AUROC, score (x 100)", names[2], [*detectors.values()])
 
 
 def heat_map(axis, cells, colors, title, rows, columns):
