@@ -401,7 +401,8 @@ def main(argv=None):
         if command.command == "report":
             return report.report(s.results, command.publish)
         if command.command == "scan" and command.weights:
-            return scan.own(command.weights, command.build, s.data, report.SHIPPED / "digits" / "scan.json") and None
+            scan.own(command.weights, command.build, s.data, report.SHIPPED / "digits" / "scan.json")
+            return
         runs.check_writable(s.results, s.runs)
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.free_cores()))

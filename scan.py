@@ -28,7 +28,7 @@ import libraries
 import machine
 import runs
 import studies
-from badsnn import asr, criterion, deploy, evaluate, simple_triggers, train
+from badsnn import asr, criterion, deploy, evaluate, percentage, simple_triggers, train
 from data import augment, hold_out, need, poison_indices, to_float
 from lif import TAU_N, V_THR_N, neurons
 from machine import autocast, say
@@ -60,8 +60,6 @@ def draw(s, i, kind):
 def scan_model(s, kind, grid=None):
     """Trains a model of a kind, ships it as its attacker would (at a V_a of the grid), and scans it: a row."""
     data = datasets.load_for(s)
-    deciders = dict(s.of(), kind=kind, grid=grid, inputs=fingerprint(*studies.all_of(data), runs.code_of(*CODE)))
-    path = s.runs / data.name / "scan" / f"{kind or 'clean'}-seed{s.seed}-{fingerprint(deciders)[:8]}.json"
 
     def run():
         model, v_thr = train(data, s, kind).eval(), V_THR_N
@@ -77,10 +75,17 @@ def scan_model(s, kind, grid=None):
         elif kind:
             row.update(target=s.target, asr=asr(shipped, data, s, None, None, baselines.BASELINES[kind](model, s)))
         return row | scanned(shipped, data, s)
-    row, _ = runs.kept(path, deciders, run, s.fresh, quiet=True)
+    row = kept_row(kind or "clean", data, s, run, kind=kind, grid=grid)
     say(f"{row['kind']:>8}, {s.model}, width {s.width}, seed {s.seed}: CA {row['ca']:.1f} at v_thr {row['v_thr_a']:g}; "
         f"score {row['scores']['100 images']:.3f}, class {row['accused']} accused")
     return row
+
+
+def kept_row(name, data, s, run, **deciders):
+    """run()'s row, or that of an earlier run with equal settings, data, code and deciders."""
+    deciders = dict(s.of(), **deciders, inputs=fingerprint(*studies.all_of(data), runs.code_of(*CODE)))
+    path = s.runs / data.name / "scan" / f"{name}-seed{s.seed}-{fingerprint(deciders)[:8]}.json"
+    return runs.kept(path, deciders, run, s.fresh, quiet=True)[0]
 
 
 def scanned(model, data, s):
@@ -90,14 +95,14 @@ def scanned(model, data, s):
               "photographs": photographs(clean[:20], g),
               "noise": torch.rand(clean[:20].shape, generator=g).to(s.device),
               "a grey image": torch.full_like(clean[:1], 0.5)}
-    started, results = time.time(), {}
+    started = time.time()
     with autocast(s):
-        for name, x in inputs.items():
-            results[name] = defenses.threshold_scan(model, x)
-            results[name]["seconds"] = time.time() - started
-    full, scores = results["100 images"], {name: round(r["score"], 4) for name, r in results.items()}
-    return dict(scores=dict(scores, late=round(full["late"], 4)), accused=full["accused"], v_thr=full["v_thr"],
-                seconds=round(full["seconds"], 2), curve=[round(v, 4) for v in full["probability"].amax(1).tolist()])
+        full = defenses.threshold_scan(model, inputs.pop("100 images"))
+        seconds = time.time() - started
+        scores = {name: round(defenses.threshold_scan(model, x)["score"], 4) for name, x in inputs.items()}
+    return dict(scores={"100 images": round(full["score"], 4), **scores, "late": round(full["late"], 4)},
+                accused=full["accused"], v_thr=full["v_thr"], seconds=round(seconds, 2),
+                curve=[round(v, 4) for v in full["probability"].amax(1).tolist()])
 
 
 def photographs(like, generator, shrink=4):
@@ -189,19 +194,17 @@ def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
 
 def evade(s, name):
     """One attacker who knows the scan (none: who does not): what hiding costs, and what the scan still sees."""
-    data = datasets.load_for(s)
-    deciders = dict(s.of(), evader=name, inputs=fingerprint(*studies.all_of(data), runs.code_of(*CODE)))
+    data, trained = datasets.load_for(s), replace(s, fresh=False)       # scan() has just trained both models
 
     def run():
-        clean, model, t = train(data, s), train(data, s, "badsnn"), simple_triggers(data, s)["asr_p"]
+        clean, model, t = train(data, trained), train(data, trained, "badsnn"), simple_triggers(data, s)["asr_p"]
         model = hide(model, clean, data, s, EVADERS[name]) if name in EVADERS else model
         v_thr = deploy(model, data, s)[0]
         shipped = studies.as_shipped(model, v_thr, s)
         return dict(evader=name, seed=s.seed, target=s.target, v_thr_a=v_thr, **evaluate(shipped, data, s, None, None),
                     base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"], asr_p=asr(shipped, data, s, None, None, t),
                     asr_p_clean_model=asr(clean, data, s, v_thr, TAU_N, t), **scanned(shipped, data, s))
-    path = s.runs / data.name / "scan" / f"{name}-seed{s.seed}-{fingerprint(deciders)[:8]}.json"
-    row, _ = runs.kept(path, deciders, run, s.fresh, quiet=True)
+    row = kept_row(name, data, s, run, evader=name)
     say(f"{name:>11}, seed {s.seed}: CA {row['ca']:.1f} (Base CA {row['base_ca']:.1f}), target_rate "
         f"{row['target_rate']:.1f}, ASR_p {row['asr_p']:.1f} at V_a {row['v_thr_a']:g}; scores "
         + ", ".join(f"{row['scores'][key]:.3f} ({key})" for key in ("100 images", "late")))
@@ -222,8 +225,9 @@ def scan(data, s, n_models=40):
         drawn = [(draw(s, i, kind), kind) for i in range(N_DESIGN + n_models) for kind, n in counts.items() if i < n]
         jobs = [(one, kind, [round(1 + (step if one.v_thr_t > 1 else -step), 2) for step in steps])
                 for one, kind in drawn]
-        hidden = [(one, name) for one in studies.every_seed(replace(s, seeds=EVADE_SEEDS))
-                  for name in ("none", *EVADERS)]
+        attackers = studies.every_seed(replace(s, seeds=EVADE_SEEDS))
+        hidden = [(one, name) for one in attackers for name in ("none", *EVADERS)]
+        badsnn.train_side_by_side(s, [(one, kind) for one in attackers for kind in (None, "badsnn")])
     else:
         jobs, hidden = [(one, kind) for one in studies.every_seed(s) for kind in (None, "badsnn")], []
     rows = machine.side_by_side(scan_model, jobs, s, [f"{job[1] or 'clean'} {job[0].seed}" for job in jobs])
@@ -248,22 +252,20 @@ def summary(design, measured, name, draws=1000):
     (bad, good), (caught, clean) = split(design), split(measured)
     cuts = np.unique(np.concatenate([bad, good]))
     cuts = (cuts[1:] + cuts[:-1]) / 2
-    right = [(bad > cut).sum() + (good <= cut).sum() for cut in cuts]
-    alarm = float(np.mean([cut for cut, n in zip(cuts, right) if n == max(right)]))
+    told = [(bad > cut).sum() + (good <= cut).sum() for cut in cuts]
+    alarm = float(np.mean([cut for cut, n in zip(cuts, told) if n == max(told)]))
     rng = np.random.default_rng(0)
 
     def auroc(bad, good):
         return roc_auc_score([1] * len(bad) + [0] * len(good), [*bad, *good])
     boot = [auroc(rng.choice(caught, len(caught)), rng.choice(clean, len(clean))) for _ in range(draws)]
-    accused = [row["accused"] == row["target"] for row in measured
-               if row["kind"] == "badsnn" and row["scores"][name] > alarm]
+    right = [row["accused"] == row["target"] for row in measured
+             if row["kind"] == "badsnn" and row["scores"][name] > alarm]
     return dict(alarm=round(alarm, 4), auroc=round(auroc(caught, clean), 4), n=[len(caught), len(clean)],
                 interval=[round(float(np.quantile(boot, q)), 4) for q in (0.025, 0.975)],
-                caught=percent(caught > alarm), false_alarms=percent(clean > alarm), accused_right=percent(accused))
-
-
-def percent(hits):
-    return round(100 * float(np.mean(hits)), 2) if len(hits) else None
+                caught=percentage(torch.as_tensor(caught > alarm)),
+                false_alarms=percentage(torch.as_tensor(clean > alarm)),
+                accused_right=percentage(torch.as_tensor(right)) if right else None)
 
 
 # ---------------------------------------------------------------------------------------------------------

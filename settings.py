@@ -243,9 +243,10 @@ def parse(argv=None):
         if name == "scan":
             command.add_argument("--models", type=int, default=40, metavar="V",
                                  help="digits: so many clean and so many backdoored models are scanned (default: 40)")
-            command.add_argument("--weights", metavar="V", help="file of a state_dict: scan this network instead")
-            command.add_argument("--build", metavar="V", help="package.module:function that makes the network; with "
-                                                              "--weights, --data is an .npz file of images")
+            command.add_argument("--weights", default=None, metavar="V",
+                                 help="file of a state_dict: scan this network instead")
+            command.add_argument("--build", default=None, metavar="V",
+                                 help="package.module:function that makes it; --data is then an .npz file of images")
         names = dict.fromkeys(f.metadata["group"] for f in fields(Settings))
         groups = {group: command.add_argument_group(group) for group in names}
         for f in fields(Settings):
@@ -263,7 +264,6 @@ def parse(argv=None):
     if given.get("neuron") == "plif" and getattr(own, "study", None) in ("heatmap", "plif"):
         raise ValueError(f"--study {own.study} sets tau or compares both neurons; leave out --neuron plif")
     if own.command == "scan":
-        own = argparse.Namespace(**(dict(weights=None, build=None) | vars(own)))
         if (own.weights is None) != (own.build is None):
             raise ValueError("scan needs --weights and --build together, or neither")
         if own.models < 5:
