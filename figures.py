@@ -172,7 +172,7 @@ def figure_defend(r, path):
     detectors = dict(strip_auroc="STRIP", spikes_auroc="spikes", scan_score="scan: score")
     ca, asr, auroc = {}, {}, {}         # (line, column): value, spread, learned, destroyed, the paper's value
     for i, (attack, title, key, of, learned) in enumerate(lines):
-        measured = not title.endswith("set back)")
+        measured = "," not in title     # not one of BadSNN's further lines
         theirs = paper_cells(r, attack) if key == "asr" and measured else {}
         for name, row in of.items():
             for place, (panel, of_panel) in enumerate(((ca, "ca"), (asr, key))):

@@ -152,7 +152,7 @@ def without_backdoor(s):
 
 
 def over_seeds(rows):
-    """One cell's mean over seeds, and its spread where there are several; the same for the cell `restored` inside."""
+    """One cell's mean over seeds, and its spread where there are several; the same for the cells inside it."""
     inside = {key: over_seeds([row[key] for row in rows]) for key, value in rows[0].items() if isinstance(value, dict)}
     return runs.mean_of(rows) | inside | (dict(spread=runs.spread_of(rows)) if len(rows) > 1 else {})
 
@@ -193,15 +193,20 @@ def defend_attack(s, attack):
     for d in detectors:
         say(f"{'detectors':>10} {d['trigger']}: AUROC of STRIP {d['strip_auroc']:.3f}, of the spike count "
             f"{d['spikes_auroc']:.3f} ({d['spikes_clean']:,.0f} spikes, triggered {d['spikes_triggered']:,.0f}); "
-            f"the threshold scan scores {d['scan_score']:.2f} and accuses class {d['scan_accused']}")
+            f"the threshold scan scores {d['scan_score']:.2f} for {'the' if d['scan_right'] else 'not the'} target")
     return dict(rows=rows, detectors=detectors, seconds=seconds + sum(row["seconds"] for row in rows))
 
 
 def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, deployed_at):
     """One cell of Table 2: repairs the model with the defender's images x, y and scores it at its own setting."""
-    started = time.time()
-    with autocast(s, cache_enabled=False):      # the weights change
-        repaired = DEFENSES[defense](model, x, y, augment=shifts(s, f"augmentation of {defense}"), seed=s.seed)
+    def repair(net):
+        with autocast(s, cache_enabled=False):      # the weights change
+            return DEFENSES[defense](net, x, y, augment=shifts(s, f"augmentation of {defense}"), seed=s.seed)
+
+    def scores(net):
+        return dict(evaluate(net, scored, s, None, None),
+                    asr=asr(net, scored, s, None, None, next(iter(triggers.values()))))
+    started, repaired = time.time(), repair(model)
     v_thr, tau = (V_THR_N, TAU_N) if defense == "restore" else deployed_at
     rates = [asr(repaired, scored, s, None, None, t) for t in triggers.values()]
     row = dict(attack=attack, defense=defense, trigger=next(iter(triggers)), v_thr=v_thr, tau=tau,
@@ -211,10 +216,9 @@ def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, deploy
     if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
         tau = s.tau_a if attack == "badsnn" else TAU_N
         row["asr_clean_model"] = asr(clean, scored, s, v_thr, tau, next(iter(triggers.values())))
-    if attack == "badsnn":      # the defender who also sets the threshold back
-        both = defenses.restore(repaired)
-        row["restored"] = dict(evaluate(both, scored, s, None, None),
-                               asr=asr(both, scored, s, None, None, next(iter(triggers.values()))))
+    if attack == "badsnn":      # the defender who also sets the threshold back; a clean model shipped, repaired alike
+        row.update(restored=scores(defenses.restore(repaired)),
+                   clean_model=scores(repair(as_shipped(clean, deployed_at[0], s))))
     return dict(row, seconds=round(time.time() - started, 1))
 
 
@@ -229,7 +233,8 @@ def detect(attack, name, model, t, x, scored, s, most=256):
         with frozen(model):
             spikes = count_spikes(model, both).chunk(2)
         scan = defenses.threshold_scan(model, x)
-    return dict(attack=attack, trigger=name, scan_score=round(scan["score"], 4), scan_accused=scan["accused"],
+    return dict(attack=attack, trigger=name, scan_score=round(scan["score"], 4),
+                scan_right=float(scan["accused"] == s.target),
                 **{key: round(roc_auc_score(truth, v.cpu().numpy()), 4) for key, v in scores.items()},
                 spikes_clean=round(spikes[0].mean().item(), 1), spikes_triggered=round(spikes[1].mean().item(), 1))
 

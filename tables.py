@@ -126,13 +126,15 @@ def paper_cells(r, attack):
 
 def table2_lines(r):
     """Table 2's lines: the attack, the trigger's name in brackets (BadSNN has two), which ASR, the cells by defence,
-    and whether the attack was learned. BadSNN's last line is the defender who sets the threshold back as well."""
+    and whether the attack was learned. BadSNN's last lines: the defender who sets the threshold back as well, and the
+    control, a clean model that was shipped at the same setting and repaired in the same way."""
     for attack in unique(r["rows"], "attack"):
         cells = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
         triggers = [d["trigger"] for d in r["detectors"] if d["attack"] == attack]
-        restored = {name: row["restored"] for name, row in cells.items() if row.get("restored")}
+        inside = {title: {name: row[key] for name, row in cells.items() if row.get(key)} for title, key in
+                  (("threshold set back", "restored"), ("a clean model, repaired alike", "clean_model"))}
         for title, key, of in [*zip(triggers, ("asr", "asr_p"), (cells, cells)),
-                               *[(f"{triggers[0]}, threshold set back", "asr", restored)] * bool(restored)]:
+                               *((f"{triggers[0]}, {title}", "asr", of) for title, of in inside.items() if of)]:
             undefended = cells.get("none", {}).get(key)
             yield attack, f" ({title})" * (title != attack), key, of, undefended is None or undefended >= LEARNED
 

@@ -63,7 +63,7 @@ def test_defend(workplace, capsys, monkeypatch):
         assert {"v_thr", "ca", "asr", "target_rate", "destroyed"} <= set(row) and 0 <= row["asr"] <= 100
         assert row["v_thr"] == (result["v_thr_d"] if row["attack"] == "badsnn" and row["defense"] != "restore" else 1.0)
         assert ("asr_clean_model" in row) == (row["defense"] == "none")
-        assert ("restored" in row) == (row["attack"] == "badsnn")
+        assert ("restored" in row) == ("clean_model" in row) == (row["attack"] == "badsnn")
         assert (row["pruned"] is not None) == (row["defense"] in ("clp", "anp"))
     assert {d["attack"] for d in result["detectors"]} == {"badsnn", *settings.ATTACKS}
     assert all(0 <= d[key] <= 1 for d in result["detectors"] for key in ("strip_auroc", "spikes_auroc"))
