@@ -250,7 +250,7 @@ def train_trigger(model, data, s, v_thr_a):
     chosen = other[torch.randperm(len(other), generator=runs.generator(s.seed, "images of T_o"))[:s.n_o]]
     x, started = to_float(part.x_train[chosen].to(s.device), s), time.time()
     torch.manual_seed(s.seed)
-    unet = trigger.UNet(data.num_classes, tuple(x.shape[2:])).to(s.device)
+    unet = trigger.UNet(data.num_classes, tuple(x.shape[2:]), budget=s.budget).to(s.device)
     code = runs.code_of(lif, fused, models, trigger, train_trigger)
     config = dict(s.of("triggers"), name="trigger T_o", dataset=data.name, seed=s.seed, target=s.target, tau_a=s.tau_a,
                   v_thr_a=v_thr_a, inputs=fingerprint(model, x, held.x_test, code))

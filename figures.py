@@ -140,24 +140,30 @@ def figure_lines(r, path, x, keys, split=None, titles=None, **labels):
 
 
 def figure_magnitude(r, path):
-    """Fig. 4b: what a stronger T_o buys and what it costs."""
+    """Fig. 4b: what a stronger T_o buys, against its size; and how far the nearest image with that answer is."""
+    rows = r["rows"]
     with drawing(path, (7, 3.3), titled(r, v_thr=True)) as [[axis]]:
-        curves(axis, r["rows"], "magnitude", "ca asr_o asr_o_clean_model", xlabel="magnitude m: factor on T_o's output")
-        right = axis.twinx()
-        curve(right, r["rows"], "magnitude", "l2")
-        right.set(ylabel="L2 norm of the perturbation", ylim=(0, None))
-        right.spines["right"].set_visible(True)
+        curves(axis, rows, "l2", "ca asr_o asr_o_clean_model", xlabel="mean L2 norm of T_o's change (m: factor on T_o)")
+        for row in rows:
+            axis.annotate(f"m {row['magnitude']:g}", (row["l2"], -2), rotation=90, color="0.5", fontsize=6, va="bottom")
+        for key, name, color in (("l2_deepfool", "DeepFool", "darkgreen"), ("l2_deepfool_clean_model", "clean", "0.5")):
+            if rows[0].get(key) is not None:
+                axis.axvline(rows[0][key], color=color, linestyle=":", linewidth=1)
+                axis.annotate(name, (rows[0][key], 50), rotation=90, color=color, fontsize=7, ha="right", va="center")
 
 
 def figure_trigger(r, path):
-    """ASR_o against the size of T_o, on held-out training images, one line per lambda_adv. Circled: of those no larger
-    than T_p the smallest with an ASR_o of at least 95 %, else the one with the highest."""
+    """ASR_o against the size of T_o, on held-out training images, one line per lambda_adv and budget; dotted: a clean
+    model. Circled: of those no larger than T_p the smallest with an ASR_o of at least 95 %, else the highest."""
     m, small = unique(r["rows"], "magnitude"), [row for row in r["rows"] if row["l2"] <= row["l2_p"]]
     best = min(small or r["rows"], key=lambda row: (-min(row["asr_o"], 95), row["l2"]))
     with drawing(path, (6.6, 3), titled(r, v_thr=True)) as [[axis]]:
-        for lambda_adv, style in zip(unique(r["rows"], "lambda_adv"), ("o:", "s--", "D-")):
-            rows = [row for row in r["rows"] if row["lambda_adv"] == lambda_adv]
-            curve(axis, rows, "l2", "asr_o", (f"lambda_adv {lambda_adv:g}", style, "black"))
+        kinds = dict.fromkeys((row["lambda_adv"], row.get("budget")) for row in r["rows"])
+        for (lambda_adv, budget), mark, color in zip(kinds, "osD^", ("0.6", "black", "tab:blue", "tab:green")):
+            rows = [row for row in r["rows"] if (row["lambda_adv"], row.get("budget")) == (lambda_adv, budget)]
+            name = f"lambda_adv {lambda_adv:g}" + (f", budget {budget:g}" if budget else "")
+            curve(axis, rows, "l2", "asr_o", (name, f"{mark}-", color))
+            curve(axis, rows, "l2", "asr_o_clean_model", (None, f"{mark}:", color))
         axis.plot(best["l2"], best["asr_o"], "o", markersize=13, markerfacecolor="none", color="tab:red",
                   label=f"best, m = {best['magnitude']:g}")
         axis.axvline(best["l2_p"], color="0.8", zorder=0, label="L2 of T_p")

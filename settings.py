@@ -102,10 +102,10 @@ class Settings:
     beta: float = setting("triggers", 0.03, "strength of T_s", at_least(0))
     adversarial_setting: str = setting("triggers", "S_a", "setting of T_o's adversarial loss", choices=("S_a", "S_n"))
     lambdas: tuple = setting("triggers", (1.0, 1.0, 1.0), "weights of T_o's three losses (Eq. 5; the paper: 1 0.1 1)")
+    budget: float = setting("triggers", 0.1, "largest root mean square of T_o's change, pixels in [0, 1]", POSITIVE)
     epochs_o: int = setting("triggers", 16, "epochs of T_o's U-Net", at_least(1))
     n_o: int = setting("triggers", 600, "training images that T_o learns from", at_least(1))
-    magnitude: float = setting("triggers", None, "factor m on T_o's output (none: the least that works)",
-                               at_least(0))
+    magnitude: float = setting("triggers", None, "factor m on T_o's output (none: least that works)", at_least(0))
 
     seeds: int = setting("averaging", 1, "number of seeds to average", at_least(1))
 
@@ -179,7 +179,7 @@ EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-
                  label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
 PRESETS = {     # n_poison: what the paper's P gives on the whole set
     "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
-                      malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, amp="off"),
+                      malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, budget=None, amp="off"),
     "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, flip=True),
     "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", n_poison=5, flip=True, epochs=40),
     "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),

@@ -327,8 +327,7 @@ def poison_ratios(s):
 
 
 def poison(data, s):
-    """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, every seed at its own V_a: is a jagged
-    curve noise?"""
+    """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, every seed at its own V_a: is a bend noise?"""
     model, labels = train(data, s, "badsnn"), hold_out(data, s.hold_out)[0].y_train
     v_thr = deploy(model, data, s)[0]
     return [dict(seed=s.seed, poison_ratio=s.poison_ratio,
@@ -366,34 +365,40 @@ def some_trigger(model, data, s):
 
 
 def magnitude(data, s):
-    """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output; clean model
-    beside it."""
+    """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output, the clean model beside
+    it; and the L2 norm of the nearest image that is answered with the target, as far as DeepFool finds it."""
     clean, model = train(data, s), train(data, s, "badsnn")
     v_thr, t_o = some_trigger(model, data, s)
-    untriggered, rows, x = (evaluate(model, data, s, v_thr, s.tau_a), [],
-                            data.x_test[data.y_test != s.target].to(s.device))
+    untriggered, x = evaluate(model, data, s, v_thr, s.tau_a), data.x_test[data.y_test != s.target].to(s.device)
+    rows, nearest = [], {}
+    for key, net in (("l2_deepfool", model), ("l2_deepfool_clean_model", clean)):
+        with neurons(net, v_thr, s.tau_a):
+            delta, found = trigger.deepfool(net, to_float(x[:100], s), target=s.target, with_success=True)
+        nearest[key] = round(delta[found].flatten(1).norm(dim=1).mean().item(), 2) if found.any() else None
     for m in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
         t = partial(t_o, magnitude=m)
-        rows.append(dict(magnitude=m, v_thr=v_thr, **untriggered, asr_o=asr(model, data, s, v_thr, s.tau_a, t),
+        rows.append(dict(magnitude=m, v_thr=v_thr, **untriggered, **nearest,
+                         asr_o=asr(model, data, s, v_thr, s.tau_a, t),
                          asr_o_clean_model=asr(clean, data, s, v_thr, s.tau_a, t), **trigger.sizes(t, x)))
     return rows
 
 
-def adversarial_weights(s):
-    return [replace(s, lambdas=(1.0, weight, 1.0)) for weight in (0.1, 0.3, 1.0)]
+def trigger_presets(s):
+    return [replace(s, lambdas=(1.0, weight, 1.0), budget=budget)
+            for weight, budget in ((0.1, None), (1.0, None), (1.0, 0.1), (1.0, 0.05))]
 
 
 def trigger_choice(data, s):
-    """T_o's lambda_adv and magnitude m, on held-out TRAINING images: the presets come from here.
-    The paper gives 0.1 and no m."""
-    model, held = train(data, s, "badsnn"), hold_out(data, s.hold_out)[1]
+    """T_o's lambda_adv, budget and magnitude m, on held-out TRAINING images: the presets come from here. The paper
+    gives 0.1 and neither of the others."""
+    clean, model, held = train(data, s), train(data, s, "badsnn"), hold_out(data, s.hold_out)[1]
     v_thr, t_o = some_trigger(model, data, s)
     x = held.x_test[held.y_test != s.target].to(s.device)
     l2_p = trigger.sizes(simple_triggers(data, s)["asr_p"], x)["l2"]
-    return [dict(lambda_adv=s.lambdas[1], magnitude=m, v_thr=v_thr, n=len(x),
-                 **trigger.sizes(partial(t_o, magnitude=m), x),
-                 l2_p=l2_p, asr_o=asr(model, held, s, v_thr, s.tau_a, partial(t_o, magnitude=m)))
-            for m in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+    return [dict(lambda_adv=s.lambdas[1], budget=s.budget, magnitude=m, v_thr=v_thr, n=len(x), l2_p=l2_p,
+                 **trigger.sizes(t, x), asr_o=asr(model, held, s, v_thr, s.tau_a, t),
+                 asr_o_clean_model=asr(clean, held, s, v_thr, s.tau_a, t))
+            for m in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0) for t in [partial(t_o, magnitude=m)]]
 
 
 def both_neurons(s):
@@ -470,6 +475,6 @@ def events(data, s):
 
 STUDIES = {"threshold": (only, threshold), "heatmap": (malicious_thresholds, heatmap),
            "poison": (poison_ratios, poison), "magnitude": (only, magnitude), "power": (every_seed, power),
-           "trigger": (adversarial_weights, trigger_choice), "plif": (both_neurons, plif),
+           "trigger": (trigger_presets, trigger_choice), "plif": (both_neurons, plif),
            "events": (event_variants, events), "recipe": (recipes, recipe)}
 CODE = (*badsnn.CODE, defenses, sys.modules[__name__])      # what decides the results of this file

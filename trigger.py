@@ -180,11 +180,12 @@ def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
 class UNet(nn.Module):
     """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a target ->
     perturbations in [-1, 1], same shape. The target class is a fourth input plane, learned, one per class.
-    size: (H, W)."""
+    size: (H, W). budget: the largest root mean square of an image's perturbation, in pixel units (0.1: the change stays
+    20 dB below white), as LIRA (Doan et al. 2021) and Marksman (Doan et al. 2022) have one; None: no limit."""
 
-    def __init__(self, num_classes, size, width=16):
+    def __init__(self, num_classes, size, width=16, budget=None):
         super().__init__()
-        self.size = size
+        self.size, self.budget = size, budget
         self.plane = nn.Embedding(num_classes, size[0] * size[1])
         self.down1, self.down2 = self.double(4, width), self.double(width, 2 * width)
         self.bottom = self.double(2 * width, 4 * width)
@@ -205,7 +206,11 @@ class UNet(nn.Module):
         c = self.bottom(F.avg_pool2d(b, 2))
         b = self.up2(torch.cat([F.interpolate(c, size=b.shape[2:], mode="bilinear"), b], 1))
         a = self.up1(torch.cat([F.interpolate(b, size=a.shape[2:], mode="bilinear"), a], 1))
-        return self.out(a).tanh()
+        made = self.out(a).tanh()
+        if self.budget is None:
+            return made
+        rms = made.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return made * (self.budget / rms.clamp(min=self.budget))
 
 
 def trigger_losses(made, wanted, logits, target, std):

@@ -197,6 +197,18 @@ def test_generator_on_images_of_odd_size():
     assert optimized_trigger(x, UNet(5, (18, 21)).eval(), target=3).shape == x.shape
 
 
+def test_a_budget_bounds_the_generator_and_changes_no_direction():
+    made, x = {}, torch.rand(6, 3, 16, 16)
+    for budget in (None, 1.0, 0.1, 0.01):
+        torch.manual_seed(0)
+        made[budget] = UNet(3, (16, 16), width=4, budget=budget).eval()(x, 0)
+    free = made[None].square().mean((1, 2, 3)).sqrt()
+    assert torch.equal(made[1.0], made[None]) and (free > 0.01).all()
+    for budget in (0.1, 0.01):
+        assert torch.allclose(made[budget].square().mean((1, 2, 3)).sqrt(), free.clamp(max=budget))
+        assert (torch.cosine_similarity(made[budget].flatten(1), made[None].flatten(1)) > 0.9999).all()
+
+
 def test_wanted_perturbations_lead_to_the_target():
     torch.manual_seed(0)
     model, x = build_model("resnet19", 3, T=2, width=4), torch.rand(10, 3, 16, 16)
