@@ -267,7 +267,7 @@ def train_trigger(model, data, s, v_thr_a):
         at = (v_thr_a, s.tau_a) if s.adversarial_setting == "S_a" else (V_THR_N, TAU_N)
         with neurons(model, *at):
             measured["losses"] = trigger.train_unet(unet, model, kept, wanted, s.target, data.std, s.lambdas,
-                                                    s.epochs_o, seed=s.seed)
+                                                    s.nominal_weight, s.epochs_o, seed=s.seed)
         if s.magnitude is None:         # the least visible T_o that works on held-out images, or the strongest
             grid = [m / 20 for m in range(10, 21)]
             works = (asr(model, held, s, v_thr_a, s.tau_a, partial(t_o, magnitude=m)) >= 96 for m in grid)

@@ -158,11 +158,12 @@ def figure_trigger(r, path):
     m, small = unique(r["rows"], "magnitude"), [row for row in r["rows"] if row["l2"] <= row["l2_p"]]
     best = min(small or r["rows"], key=lambda row: (-min(row["asr_o"], 95), row["l2"]))
     with drawing(path, (6.6, 3), titled(r, v_thr=True)) as [[axis]]:
-        kinds = dict.fromkeys((row["lambda_adv"], row.get("budget")) for row in r["rows"])
-        for (lambda_adv, budget), mark, color in zip(kinds, "osD^", ("0.6", "black", "tab:blue", "tab:green")):
-            rows = [row for row in r["rows"] if (row["lambda_adv"], row.get("budget")) == (lambda_adv, budget)]
-            name = f"lambda_adv {lambda_adv:g}" + (f", budget {budget:g}" if budget else "")
-            curve(axis, rows, "l2", "asr_o", (name, f"{mark}-", color))
+        names = {"lambda_adv": "lambda_adv", "budget": "budget", "nominal_weight": "nominal weight"}
+        kinds = {tuple(f"{name} {row[key]:g}" for key, name in names.items() if row.get(key)): [] for row in r["rows"]}
+        for row in r["rows"]:
+            kinds[tuple(f"{name} {row[key]:g}" for key, name in names.items() if row.get(key))].append(row)
+        for (kind, rows), mark, color in zip(kinds.items(), "osD^", ("0.6", "black", "tab:blue", "tab:green")):
+            curve(axis, rows, "l2", "asr_o", (", ".join(kind), f"{mark}-", color))
             curve(axis, rows, "l2", "asr_o_clean_model", (None, f"{mark}:", color))
         axis.plot(best["l2"], best["asr_o"], "o", markersize=13, markerfacecolor="none", color="tab:red",
                   label=f"best, m = {best['magnitude']:g}")

@@ -68,8 +68,7 @@ class Settings:
     augment: bool = setting("training", True, "random shifts, flips and contrast")
     pad: int = setting("training", 4, "largest random shift, in pixels", at_least(0))
     flip: bool = setting("training", False, "random mirroring")
-    contrast: float = setting("training", 0.0, "lift black by up to this share, scale the rest by 1 minus it or more",
-                              BELOW_1)
+    contrast: float = setting("training", 0.0, "lift black by up to this share and scale the rest to fit", BELOW_1)
     seed: int = setting("training", 0, "first seed", at_least(0))
     amp: str = setting("training", "auto", "bfloat16: auto measures which is faster where training takes over a minute",
                        choices=("auto", "on", "off"))
@@ -102,8 +101,9 @@ class Settings:
     beta: float = setting("triggers", 0.03, "strength of T_s", at_least(0))
     adversarial_setting: str = setting("triggers", "S_a", "setting of T_o's adversarial loss", choices=("S_a", "S_n"))
     lambdas: tuple = setting("triggers", (1.0, 1.0, 1.0), "weights of T_o's three losses (Eq. 5; the paper: 1 0.1 1)")
+    nominal_weight: float = setting("triggers", 0.3, "weight of T_o's loss at the nominal setting", at_least(0))
     budget: float = setting("triggers", 0.1, "largest root mean square of T_o's change, pixels in [0, 1]", POSITIVE)
-    epochs_o: int = setting("triggers", 16, "epochs of T_o's U-Net", at_least(1))
+    epochs_o: int = setting("triggers", 40, "epochs of T_o's U-Net", at_least(1))
     n_o: int = setting("triggers", 600, "training images that T_o learns from", at_least(1))
     magnitude: float = setting("triggers", None, "factor m on T_o's output (none: least that works)", at_least(0))
 
@@ -175,11 +175,11 @@ def usable_device(name):
 
 IMAGES = Settings()
 EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
-                 baseline_ratio=0.1,
-                 label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
+                 baseline_ratio=0.1, label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
 PRESETS = {     # n_poison: what the paper's P gives on the whole set
     "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
-                      malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, budget=None, amp="off"),
+                      malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, nominal_weight=0.0,
+                      budget=None, amp="off"),
     "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, flip=True),
     "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", n_poison=5, flip=True, epochs=40),
     "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),

@@ -384,18 +384,18 @@ def magnitude(data, s):
 
 
 def trigger_presets(s):
-    return [replace(s, lambdas=(1.0, weight, 1.0), budget=budget)
-            for weight, budget in ((0.1, None), (1.0, None), (1.0, 0.1), (1.0, 0.05))]
+    return [replace(s, lambdas=(1.0, adversarial, 1.0), budget=budget, nominal_weight=nominal)
+            for adversarial, budget, nominal in ((0.1, None, 0.0), (1.0, None, 0.0), (1.0, 0.1, 0.0), (1.0, 0.1, 0.3))]
 
 
 def trigger_choice(data, s):
-    """T_o's lambda_adv, budget and magnitude m, on held-out TRAINING images: the presets come from here. The paper
-    gives 0.1 and neither of the others."""
+    """T_o's weights, budget and magnitude m, on held-out TRAINING images: the presets come from here."""
     clean, model, held = train(data, s), train(data, s, "badsnn"), hold_out(data, s.hold_out)[1]
     v_thr, t_o = some_trigger(model, data, s)
     x = held.x_test[held.y_test != s.target].to(s.device)
     l2_p = trigger.sizes(simple_triggers(data, s)["asr_p"], x)["l2"]
-    return [dict(lambda_adv=s.lambdas[1], budget=s.budget, magnitude=m, v_thr=v_thr, n=len(x), l2_p=l2_p,
+    return [dict(lambda_adv=s.lambdas[1], budget=s.budget, nominal_weight=s.nominal_weight, magnitude=m, v_thr=v_thr,
+                 n=len(x), l2_p=l2_p,
                  **trigger.sizes(t, x), asr_o=asr(model, held, s, v_thr, s.tau_a, t),
                  asr_o_clean_model=asr(clean, held, s, v_thr, s.tau_a, t))
             for m in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0) for t in [partial(t_o, magnitude=m)]]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines import badnets, blend, clean_label, flashy, floats, moving, smart, static, wanet  # noqa: F401
+from lif import TAU_N, V_THR_N, neurons
 from models import frozen
 from runs import fingerprint, generator
 
@@ -244,23 +245,33 @@ def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, ab
     return kept, wanted.abs() if absolute else wanted
 
 
-def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), epochs=8, batch=50, lr=1e-3, seed=0):
-    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. Returns the three mean
-    losses per epoch."""
+def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), nominal_weight=0.0, epochs=8, batch=50,
+               lr=1e-3, seed=0):
+    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. nominal_weight: of a fourth
+    loss, ours, the cross-entropy that keeps the answers at the nominal setting S_n what they are for x. T_o then needs
+    the attacker's setting: without this loss it is in large part an adversarial example, which fools a clean model,
+    too. Returns the three mean losses per epoch."""
     shuffle, optimizer = generator(seed, "shuffle of T_o"), torch.optim.Adam(unet.parameters(), lr=lr)
     steps = max(1, len(x) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
     history = []
     unet.train()
     with frozen(model):
+        with torch.no_grad(), neurons(model, V_THR_N, TAU_N):
+            answers = torch.cat([model(images).argmax(1) for images in x.split(batch)]) if nominal_weight else None
         for _ in range(epochs):
             order, total = torch.randperm(len(x), generator=shuffle).to(x.device), torch.zeros(3, device=x.device)
             for rows in order[:steps * batch].view(steps, -1) if len(x) >= batch else order.view(1, -1):
                 made = unet(x[rows], target)
                 logits = model((x[rows] + made).clamp(0, 1))
                 losses = torch.stack(trigger_losses(made, wanted[rows], logits, target, std))
+                loss = (losses * torch.tensor(lambdas, device=x.device)).sum()
+                if nominal_weight:
+                    with neurons(model, V_THR_N, TAU_N):
+                        nominal = model((x[rows] + made).clamp(0, 1))
+                    loss = loss + nominal_weight * F.cross_entropy(nominal, answers[rows])
                 optimizer.zero_grad()
-                (losses * torch.tensor(lambdas, device=x.device)).sum().backward()
+                loss.backward()
                 optimizer.step()
                 schedule.step()
                 total += losses.detach() / steps

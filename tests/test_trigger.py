@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import trigger
-from lif import neurons
+from lif import LIF, neurons
 from models import build_model, frozen
 from trigger import (
     UNet,
@@ -207,6 +207,31 @@ def test_a_budget_bounds_the_generator_and_changes_no_direction():
     for budget in (0.1, 0.01):
         assert torch.allclose(made[budget].square().mean((1, 2, 3)).sqrt(), free.clamp(max=budget))
         assert (torch.cosine_similarity(made[budget].flatten(1), made[None].flatten(1)) > 0.9999).all()
+
+
+def test_a_weight_on_the_nominal_setting_keeps_the_answers_there():
+    """Trained against a model at v_thr 1.3, T_o disturbs its answers at 1.0, unless these have a weight."""
+    class Colors(nn.Module):
+        """The answer is the color that makes its neuron spike most."""
+        def __init__(self):
+            super().__init__()
+            self.lif = LIF()
+
+        def forward(self, x):
+            return 4 * self.lif(2 * x.mean((2, 3)).expand(4, -1, -1)).mean(0)
+    torch.manual_seed(0)
+    model, x, disturbed = Colors(), torch.rand(40, 3, 16, 16) * torch.rand(40, 3, 1, 1), {}
+    with torch.no_grad():
+        before = model(x).argmax(1)
+    for weight in (0.0, 1.0):
+        torch.manual_seed(1)
+        generator = UNet(3, (16, 16), width=8)
+        with neurons(model, 1.3, 0.5):
+            train_unet(generator, model, x, torch.zeros_like(x), 1, (0.3,) * 3, (0.0, 1.0, 0.0), weight, epochs=20,
+                       batch=40, lr=5e-3)
+        with torch.no_grad():
+            disturbed[weight] = nn.functional.cross_entropy(model(optimized_trigger(x, generator, 1)), before).item()
+    assert disturbed[1.0] < 0.8 * disturbed[0.0]
 
 
 def test_wanted_perturbations_lead_to_the_target():
