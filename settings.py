@@ -180,7 +180,7 @@ PRESETS = {     # n_poison: what the paper's P gives on the whole set
     "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
                       malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, nominal_weight=0.0,
                       budget=None, amp="off"),
-    "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, flip=True),
+    "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, malicious_rows=16, flip=True),
     "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", n_poison=5, flip=True, epochs=40),
     "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),
     "nmnist": replace(EVENTS, dataset="nmnist"),

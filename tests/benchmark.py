@@ -1,7 +1,7 @@
 """How fast is the neuron, and the whole training step, beside other people's? Run by hand; pytest does not collect it.
 
     pip install --no-deps spikingjelly loguru snntorch norse nir nirtorch sinabs pbr torchattacks    # each optional
-    python tests/benchmark.py                                               # writes results/benchmark.json
+    python tests/benchmark.py             # writes results/benchmark.json; on a GPU benchmark_gpu.json, from (a) to (f)
 
 Every subject lives in a process of its own, set up the way its users set it up; the processes take turns, one step
 each, and medians of at least 9 turns are compared (machines are noisy, ratios less so). First: are our spikes
@@ -40,6 +40,7 @@ from trigger import deepfool
 
 REPEATS = 9
 DTYPES = ("float32", "bfloat16")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Subject:
@@ -69,6 +70,7 @@ class Subject:
 
 def serve(name):
     """The other side of Subject: prepares what is named, then runs it once for every line on stdin."""
+    torch.set_default_device(DEVICE)
     idle = peak()
     if "ours" in name:
         machine.keep_memory()              # as our command line does; the others run as their documentation has it
@@ -78,13 +80,18 @@ def serve(name):
         for _ in sys.stdin:
             started = time.perf_counter()
             step()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             print(1000 * (time.perf_counter() - started), peak() - idle, flush=True)
     except Exception as error:          # a referee that is not installed, or does not run here, is no reason to stop
         print(f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:80]}", flush=True)
 
 
 def peak():
-    """Peak resident memory of this process in MiB, from Linux; ru_maxrss would count the parent's as well."""
+    """Peak memory of this process in MiB, on the GPU if there is one; else resident, from Linux (ru_maxrss would count
+    the parent's as well)."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 
 
@@ -254,7 +261,7 @@ def training_step(who, dtype, batch=64, size=32, **network):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = F.cross_entropy(model(x).float(), y)
         optimizer.zero_grad()
         loss.backward()
@@ -269,7 +276,7 @@ def convolutions_step(who, dtype, batch=64):
         if isinstance(m, nn.Conv2d):
             m.register_forward_hook(lambda m, inputs, out: calls.append(
                 (m, inputs[0].detach().to(out.dtype), torch.ones_like(out))))
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
         model(torch.rand(batch, 3, 32, 32))
 
     def step():
@@ -284,7 +291,7 @@ def evaluation(who, dtype, batch=256):
     model, x = NETWORKS[who]().eval(), torch.rand(batch, 3, 32, 32)
 
     def step():
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
             model(x)
     return step
 
@@ -362,9 +369,10 @@ def main():
     if options.serve:
         torch.set_num_threads(options.threads)
         return serve(options.serve)
-    cores = os.cpu_count()
-    result = {"torch": torch.__version__, "cores": cores, "cpu": torch.backends.cpu.get_cpu_capability(),
-              "repeats": REPEATS}
+    gpu = DEVICE == "cuda"
+    cores = 1 if gpu else os.cpu_count()        # on a GPU the number of threads does not matter
+    result = {"torch": torch.__version__, "cores": cores, "repeats": REPEATS,
+              "cpu": torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()}
     try:
         same_spikes_as_spikingjelly()
     except ImportError as error:
@@ -389,15 +397,16 @@ def main():
         "T": interleaved([f"epoch ours {best} 128 {T}" for T in (2, 4, 8, 16)], threads)}
     machine.keep_memory()
     try:
-        result["deepfool, ours and torchattacks"] = deepfool_against_torchattacks()
+        if not gpu:
+            result["deepfool, ours and torchattacks"] = deepfool_against_torchattacks()
     except ImportError:
         print("without torchattacks; pip install --no-deps torchattacks")
-    if best == "bfloat16":
+    if best == "bfloat16" and not gpu:
         result["accuracy on digits, percent, one per seed"] = accuracy()
     result["summary"] = summary(result, best)
     for what, value in result["summary"].items():
         print(f"{what}: {value}")
-    runs.write_json(options.results / "benchmark.json", result)
+    runs.write_json(options.results / ("benchmark_gpu.json" if gpu else "benchmark.json"), result)
 
 
 def summary(r, best):
