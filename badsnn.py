@@ -407,10 +407,10 @@ def main(argv=None):
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.free_cores()))
         data = datasets.load_for(s)
-        study = getattr(command, "study", command.command)
-        if data.events != (study == "events") and study not in ("attack", "defend"):
-            kinds = ("events", "images")[::1 if data.events else -1]
-            raise ValueError(f"{study} is about {kinds[1]}, and {s.dataset} holds {kinds[0]}")
+        for study in getattr(command, "study", [command.command]):
+            if data.events != (study == "events") and study not in ("attack", "defend"):
+                kinds = ("events", "images")[::1 if data.events else -1]
+                raise ValueError(f"{study} is about {kinds[1]}, and {s.dataset} holds {kinds[0]}")
         with machine.processes(s) as s:
             s = measured_precision(data, s)
             if command.command == "attack":

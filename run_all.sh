@@ -57,9 +57,7 @@ case $command in
         "$python" badsnn.py attack --dataset ndigits "$@"
         "$python" badsnn.py defend --dataset ndigits "$@"
         "$python" badsnn.py defend --dataset digits "$@"
-        for study in threshold magnitude power heatmap plif poison; do
-            "$python" badsnn.py ablate --dataset digits --study "$study" "$@"
-        done
+        "$python" badsnn.py ablate --dataset digits --study plif heatmap poison magnitude threshold power "$@"
         "$python" badsnn.py report ;;
     *)
         "$python" badsnn.py attack --dataset "$command" "$@"

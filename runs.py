@@ -164,15 +164,19 @@ def code_of(*things):
 def kept(path, deciders, run, fresh=False, quiet=False):
     """run()'s result, a dict, from `path` if it was made with equal `deciders` (a dict of plain values: everything
     that decides the result), else run() anew and written there. Returns (result, whether it was there)."""
-    made_from = fingerprint(deciders)
-    if not fresh and Path(path).exists():
-        with contextlib.suppress(ValueError):       # a damaged file is made anew
-            result = read_json(path)
-            if result.get("made_from") == made_from:
-                return result, True
-    result = dict(run(), made_from=made_from)
+    result = None if fresh else earlier(path, deciders)
+    if result:
+        return result, True
+    result = dict(run(), made_from=fingerprint(deciders))
     write_json(path, result, quiet)
     return result, False
+
+
+def earlier(path, deciders):
+    """The result in `path` if it was made with equal `deciders`, else None; a damaged file counts as none."""
+    with contextlib.suppress(ValueError):
+        result = read_json(path)
+        return result if result.get("made_from") == fingerprint(deciders) else None
 
 
 def folder_of(data, s):

@@ -2,7 +2,7 @@
 
     python badsnn.py story                                     one attack and what stops it: story()
     python badsnn.py defend --dataset digits                   Table 2's rows of a data set: defend()
-    python badsnn.py ablate --dataset digits --study power     one study: ablate(); STUDIES says which there are
+    python badsnn.py ablate --dataset digits --study power     studies, one or more: ablate(); STUDIES has them all
 
 A study is a list of variants of the settings and a function that returns one variant's rows, plain dicts. Variants
 run side by side; models that an earlier command has trained are read. report.py draws what is written here.
@@ -242,33 +242,36 @@ def detect(attack, name, model, t, x, scored, s, most=256):
 # ---------------------------------------------------------------------------------------------------------
 # The figures (Secs. 3.2 and 4.4), one study each
 
-def ablate(data, s, study):
-    """Runs one study, its variants side by side, and writes DATASET/STUDY.json."""
-    variants, _ = STUDIES[study]
-    variants = variants(s)
-
-    def run():
-        started = time.time()
-        names = [", ".join(f"{key} {v}" for key, v in one.of().items() if v != s.of()[key]) or study
-                 for one in variants]
-        parts = machine.side_by_side(study_rows, [(study, one) for one in variants], s, names)
-        rows = [row for part in parts for row in part]
+def ablate(data, s, studies):
+    """Runs studies, the variants of all of them side by side, and writes DATASET/STUDY.json for each."""
+    variants = {study: STUDIES[study][0](s) for study in studies}
+    deciders = {study: dict(s.of(), variants=[one.of() for one in variants[study]],
+                            inputs=fingerprint(*all_of(data), runs.code_of(*CODE))) for study in studies}
+    paths = {study: runs.folder_of(data, s) / f"{study}.json" for study in studies}
+    wanted = [study for study in studies if s.fresh or not runs.earlier(paths[study], deciders[study])]
+    for study in (study for study in studies if study not in wanted):
+        say(f"study {study}: finished earlier, see {paths[study]}; --fresh runs it again")
+    if len(wanted) > 1:         # the models that they share, or two variants would train the same one at the same time
+        badsnn.train_side_by_side(s, [(one, kind) for one in every_seed(s) for kind in (None, "badsnn")])
+    jobs = [(study, one) for study in wanted for one in variants[study]]
+    names = [", ".join([study, *(f"{key} {v}" for key, v in one.of().items() if v != s.of()[key])])
+             for study, one in jobs]
+    parts = machine.side_by_side(study_rows, jobs, s, names)
+    for study in wanted:
+        mine = [part for (name, _), part in zip(jobs, parts) if name == study]
+        rows = [row for rows, _ in mine for row in rows]
         for row in rows:
             say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in row.items()))
-        return dict(badsnn.describe(data, s), study=study, v_thr_d=rows[0].get("v_thr"), rows=rows,
-                    seconds=round(time.time() - started, 1))
-    path = runs.folder_of(data, s) / f"{study}.json"
-    deciders = dict(s.of(), variants=[one.of() for one in variants],
-                    inputs=fingerprint(*all_of(data), runs.code_of(*CODE)))
-    result, earlier = runs.kept(path, deciders, run, s.fresh)
-    if earlier:
-        say(f"study {study}: finished earlier, see {path}; --fresh runs it again")
-    return result
+        runs.write_json(paths[study], dict(
+            badsnn.describe(data, s), study=study, v_thr_d=rows[0].get("v_thr"), rows=rows,
+            seconds=round(sum(seconds for _, seconds in mine), 1), made_from=fingerprint(deciders[study])))
 
 
 def study_rows(study, s):
-    return STUDIES[study][1](datasets.load_for(s), s)
+    """The rows of one variant, and the seconds that it took."""
+    started = time.time()
+    return STUDIES[study][1](datasets.load_for(s), s), time.time() - started
 
 
 def only(s):

@@ -27,7 +27,7 @@ def test_the_command_line_gives_the_same_as_preset():
     s = settings.parse(["attack", *arguments])[1]
     assert s == preset("digits", epochs=5, v_thr_a=(1.0, 1.1), lambdas=(1, 2, 3), augment=False, neuron="plif", seed=7)
     assert settings.parse(["defend", "--attacks", "blend"])[0].attacks == ["blend"]
-    assert settings.parse(["ablate", "--study", "power"])[0].study == "power"
+    assert settings.parse(["ablate", "--study", "power", "plif"])[0].study == ["power", "plif"]
 
 
 def test_settings_do_not_change_but_variants_are_made():

@@ -14,18 +14,24 @@ import studies
 import trigger
 
 
-def test_studies_and_report(workplace, monkeypatch):
+def test_studies_and_report(workplace, monkeypatch, capsys):
     monkeypatch.setattr(studies, "HEATMAP", dict(v_thr_t=(0.8, 1.5), v_thr_a=(1.0, 1.2), tau_a=(0.4, 0.5)))
     monkeypatch.setattr(studies, "POISON_RATIOS", (0.1, 0.2))
     monkeypatch.setattr(studies, "POWERS", (2.0, 4.0))
     monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
     short = ["--epochs", "1"]
     attack("--v-thr-a", "1.1", *short)
-    for study in (study for study in studies.STUDIES if study != "events"):      # digits are images
+    together = ["threshold", "heatmap", "poison", "power", "plif"]
+    for study in (together, ["magnitude"], ["trigger"], ["recipe"]):
         try:
-            badsnn.main(["ablate", "--study", study, *TINY, *short, "--v-thr-a", "1.0", "1.1"])
+            badsnn.main(["ablate", "--study", *study, *TINY, *short, "--v-thr-a", "1.0", "1.1"])
         except SystemExit:
-            assert study in ("magnitude", "trigger")        # a network this small may leave nothing to blend
+            assert study in (["magnitude"], ["trigger"])        # a network this small may leave nothing to blend
+    written = {study: Path(f"runs/results/digits/{study}.json").stat().st_mtime_ns for study in together}
+    capsys.readouterr()
+    badsnn.main(["ablate", "--study", *together, *TINY, *short, "--v-thr-a", "1.0", "1.1"])
+    assert capsys.readouterr().out.count("finished earlier, see") == 5
+    assert written == {study: Path(f"runs/results/digits/{study}.json").stat().st_mtime_ns for study in together}
     rows = json.loads(Path("runs/results/digits/heatmap.json").read_text())["rows"]
     assert len(rows) == 8 and len({(row["v_thr_t"], row["v_thr"], row["tau"]) for row in rows}) == 8
     rows = json.loads(Path("runs/results/digits/poison.json").read_text())["rows"]
