@@ -52,7 +52,7 @@ case $command in
         echo "One attack on digits, and what stops it: 2 to 5 minutes on 2 cores."
         "$python" badsnn.py story "$@" ;;
     all)
-        echo "Every table and figure in small, on digits and ndigits: 12 to 30 minutes on 2 cores, the story first."
+        echo "Every table and figure in small, on digits and ndigits: 15 minutes on 2 idle cores, up to 30 on busy ones; the story first."
         "$python" badsnn.py story "$@"
         "$python" badsnn.py attack --dataset ndigits "$@"
         "$python" badsnn.py defend --dataset ndigits "$@"
