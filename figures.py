@@ -143,13 +143,11 @@ def figure_magnitude(r, path):
     """Fig. 4b: what a stronger T_o buys, against its size; and how far the nearest image with that answer is."""
     rows = r["rows"]
     with drawing(path, (7, 3.3), titled(r, v_thr=True)) as [[axis]]:
-        curves(axis, rows, "l2", "ca asr_o asr_o_clean_model", xlabel="mean L2 norm of T_o's change (m: factor on T_o)")
-        for row in rows:
-            axis.annotate(f"m {row['magnitude']:g}", (row["l2"], -2), rotation=90, color="0.5", fontsize=6, va="bottom")
-        for key, name, color in (("l2_deepfool", "DeepFool", "darkgreen"), ("l2_deepfool_clean_model", "clean", "0.5")):
+        curves(axis, rows, "l2", "ca asr_o asr_o_clean_model", xlabel="mean L2 norm of T_o's change; m: factor on T_o")
+        axis.set_xticks([row["l2"] for row in rows], [f"{row['l2']:.1f}\nm {row['magnitude']:g}" for row in rows])
+        for key, model, color in (("l2_deepfool", "", "darkgreen"), ("l2_deepfool_clean_model", ", clean", "0.5")):
             if rows[0].get(key) is not None:
-                axis.axvline(rows[0][key], color=color, linestyle=":", linewidth=1)
-                axis.annotate(name, (rows[0][key], 50), rotation=90, color=color, fontsize=7, ha="right", va="center")
+                axis.axvline(rows[0][key], color=color, linestyle=":", label=f"DeepFool's distance{model}")
 
 
 def figure_trigger(r, path):
