@@ -174,7 +174,7 @@ def figure_defend(r, path):
     """Table 2 at a glance: CA and ASR after every defence as heat maps, what the paper has as a ring in its colour; and
     what the detectors see. Grey: an attack that was not learned. Hatched: CA fell below half of the undefended."""
     lines, defenses = [*table2_lines(r)], unique(r["rows"], "defense")
-    detectors = dict(strip_auroc="STRIP", spikes_auroc="spikes", scan_score="scan: score")
+    detectors = dict(strip_auroc="STRIP: AUROC", spikes_auroc="spikes: AUROC", scan_score="scan: score")
     ca, asr, auroc = {}, {}, {}         # (line, column): value, spread, learned, destroyed, the paper's value
     for i, (attack, title, key, of, learned) in enumerate(lines):
         measured = "," not in title     # not one of BadSNN's further lines
@@ -195,7 +195,7 @@ def figure_defend(r, path):
         names = [attack + title for attack, title, *_ in lines], [""] * len(lines), [""] * len(lines)
         heat_map(axes[0], ca, "Blues", "CA, %", names[0], defenses)
         heat_map(axes[1], asr, "Reds", "ASR, %", names[1], defenses)
-        heat_map(axes[2], auroc, "Greys", "detectors: AUROC, score (x 100)", names[2], [*detectors.values()])
+        heat_map(axes[2], auroc, "Greys", "detectors (x 100)", names[2], [*detectors.values()])
 
 
 def heat_map(axis, cells, colors, title, rows, columns):

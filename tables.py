@@ -132,7 +132,7 @@ def table2_lines(r):
         cells = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
         triggers = [d["trigger"] for d in r["detectors"] if d["attack"] == attack]
         inside = {title: {name: row[key] for name, row in cells.items() if row.get(key)} for title, key in
-                  (("threshold set back", "restored"), ("a clean model, repaired alike", "clean_model"))}
+                  (("threshold set back", "restored"), ("clean model repaired alike", "clean_model"))}
         for title, key, of in [*zip(triggers, ("asr", "asr_p"), (cells, cells)),
                                *((f"{triggers[0]}, {title}", "asr", of) for title, of in inside.items() if of)]:
             undefended = cells.get("none", {}).get(key)

@@ -215,6 +215,8 @@ CLAIMS = [
         row["ca"] for row in result("digits/defend")["rows"])]),
     (RESULTS, "Setting the threshold back takes T_o to {:.0f} and T_p to {:.0f} %", lambda: [
         *defended("digits", "asr", "badsnn restore"), *defended("digits", "asr_p", "badsnn restore")]),
+    (RESULTS, "repaired in the same way, T_o reaches {:.1f} to {:.1f} %", lambda: ends(
+        row["clean_model"]["asr"] for row in result("digits/defend")["rows"] if row["attack"] == "badsnn")),
     (RESULTS, "(T_o from {:.1f} to {:.1f} and {:.1f})", lambda: defended(
         "gtsrb", "asr", "badsnn none", "badsnn fine_tune", "badsnn nad")),
     (RESULTS, "T_o keeps {:.1f} and {:.1f} of {:.1f}, but a clean model gives {:.1f} there", lambda: [
