@@ -166,7 +166,7 @@ def figure_trigger(r, path):
         axis.plot(best["l2"], best["asr_o"], "o", markersize=13, markerfacecolor="none", color="tab:red",
                   label=f"best, m = {best['magnitude']:g}")
         axis.axvline(best["l2_p"], color="0.8", zorder=0, label="L2 of T_p")
-        axis.set(ylabel="ASR_o, %, held-out training images", ylim=(-3, 103),
+        axis.set(ylabel="ASR_o, %, held-out images\n(dotted: clean model)", ylim=(-3, 103),
                  xlabel=f"mean L2 norm, pixels; m = {min(m):g} to {max(m):g} from left to right")
 
 
