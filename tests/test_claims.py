@@ -284,6 +284,10 @@ CLAIMS = [
          *strongest(0.1, None, 0.0, "l2", "asr_o", "asr_o_clean_model"), *strongest(1.0, 0.1, 0.0, "asr_o_clean_model"),
          *(strongest(1.0, 0.1, weight, "asr_o_clean_model")[0] for weight in (0.0, 0.3)),
          *(strongest(1.0, 0.1, weight, "asr_o")[0] for weight in (0.0, 0.3))]),
+    (RESULTS, "The smallest L2 with an ASR_o of 80 and less than 10 for the clean model is {:.1f}", lambda: [min(
+        row["l2"] for row in result("gtsrb/trigger")["rows"] if row["asr_o"] >= 80 and row["asr_o_clean_model"] < 10)]),
+    (RESULTS, "a mean L2 of {:.2f} on the backdoored network and of {:.2f} on the clean one", lambda: [
+        result("gtsrb/magnitude")["rows"][0][key] for key in ("l2_deepfool", "l2_deepfool_clean_model")]),
     (RESULTS, "by {:.0f} to {:.0f} % at v_thr 1.0; re-normalised they change by {:.0f} to +{:.0f} %", lambda: [
         *ends(fewer_spikes(name, "T_p") for name in SPIKES),
         *ends(-fewer_spikes(name, "T_p re-normalised") for name in SPIKES)]),
