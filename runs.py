@@ -12,6 +12,7 @@ same; nothing that is read is ever executed; every reader names its file.
 import ast
 import contextlib
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -33,15 +34,27 @@ from machine import rank_and_ranks, say
 @contextlib.contextmanager
 def replace_file(path):
     """Yields a temporary path of this process beside `path`, which becomes `path` if the block ends well and is
-    removed if not."""
+    removed if not. What a killed process left there is removed, too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(ValueError, OSError):
+            if os.name == "posix" and not is_running(int(left.suffixes[-2][1:])):
+                left.unlink()
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)     # sends nothing, and asks whether it could
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def check_writable(*folders):

@@ -27,6 +27,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """Not what a running one is about to write, nor the temporary files of other results."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = f"a.json.{ended.pid}.tmp", f"a.json.{os.getppid()}.tmp", f"b.json.{ended.pid}.tmp", "a.json.old.tmp"
+    for name in names:
+        (tmp_path / name).touch()
+    with replace_file(tmp_path / "a.json") as part:
+        part.touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *names[1:]}
+
+
 def test_two_processes_write_under_their_own_names(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     with replace_file(path) as mine:
