@@ -157,11 +157,12 @@ def figure_trigger(r, path):
     best = min(small or r["rows"], key=lambda row: (-min(row["asr_o"], 95), row["l2"]))
     with drawing(path, (6.6, 3), titled(r, v_thr=True)) as [[axis]]:
         names = {"lambda_adv": "lambda_adv", "budget": "budget", "nominal_weight": "nominal weight"}
-        kinds = {tuple(f"{name} {row[key]:g}" for key, name in names.items() if row.get(key)): [] for row in r["rows"]}
+        kinds = {}
         for row in r["rows"]:
-            kinds[tuple(f"{name} {row[key]:g}" for key, name in names.items() if row.get(key))].append(row)
+            kind = ", ".join(f"{name} {row[key]:g}" for key, name in names.items() if row.get(key))
+            kinds.setdefault(kind, []).append(row)
         for (kind, rows), mark, color in zip(kinds.items(), "osD^", ("0.6", "black", "tab:blue", "tab:green")):
-            curve(axis, rows, "l2", "asr_o", (", ".join(kind), f"{mark}-", color))
+            curve(axis, rows, "l2", "asr_o", (kind, f"{mark}-", color))
             curve(axis, rows, "l2", "asr_o_clean_model", (None, f"{mark}:", color))
         axis.plot(best["l2"], best["asr_o"], "o", markersize=13, markerfacecolor="none", color="tab:red",
                   label=f"best, m = {best['magnitude']:g}")

@@ -37,24 +37,18 @@ def replace_file(path):
     removed if not. What a killed process left there is removed, too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(ValueError, OSError):
-            if os.name == "posix" and not is_running(int(left.suffixes[-2][1:])):
-                left.unlink()
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
+        with contextlib.suppress(ValueError, OverflowError, PermissionError):
+            try:
+                os.kill(int(left.suffixes[-2][1:]), 0)      # sends nothing: does this process still run?
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def is_running(pid):
-    try:
-        os.kill(pid, 0)     # sends nothing, and asks whether it could
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def check_writable(*folders):

@@ -213,12 +213,12 @@ def defend_cell(attack, defense, model, clean, triggers, x, y, scored, s, deploy
                **evaluate(repaired, scored, s, None, None), asr=rates[0],
                asr_p=rates[-1] if attack == "badsnn" else None,
                pruned=float(defenses.pruned_channels(model, repaired)) if defense in ("clp", "anp") else None)
-    if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
-        tau = s.tau_a if attack == "badsnn" else TAU_N
-        row["asr_clean_model"] = asr(clean, scored, s, v_thr, tau, next(iter(triggers.values())))
     if attack == "badsnn":      # the defender who also sets the threshold back; a clean model shipped, repaired alike
         row.update(restored=scores(defenses.restore(repaired)),
                    clean_model=scores(repair(as_shipped(clean, deployed_at[0], s))))
+    if defense == "none":       # the control: the same trigger, the same setting, a model without backdoor
+        row["asr_clean_model"] = (row["clean_model"]["asr"] if attack == "badsnn" else
+                                  asr(clean, scored, s, v_thr, tau, next(iter(triggers.values()))))
     return dict(row, seconds=round(time.time() - started, 1))
 
 
@@ -263,9 +263,9 @@ def ablate(data, s, studies):
         for row in rows:
             say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in row.items()))
-        runs.write_json(paths[study], dict(
+        runs.kept(paths[study], deciders[study], lambda: dict(
             badsnn.describe(data, s), study=study, v_thr_d=rows[0].get("v_thr"), rows=rows,
-            seconds=round(sum(seconds for _, seconds in mine), 1), made_from=fingerprint(deciders[study])))
+            seconds=round(sum(seconds for _, seconds in mine), 1)), fresh=True)
 
 
 def study_rows(study, s):

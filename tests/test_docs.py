@@ -32,7 +32,7 @@ MODULES = {module.__name__: module for module in (badsnn, baselines, data, defen
                                                   machine, models, report, runs, scan, settings, studies, tables,
                                                   trigger)}
 LINES = dict(lif=210, libraries=80, scan=340, fused=250, models=220, data=302, baselines=240, trigger=300,
-             defenses=448, badsnn=440, studies=484, report=150, tables=240, figures=310, settings=305, runs=230,
+             defenses=448, badsnn=440, studies=483, report=150, tables=240, figures=310, settings=305, runs=224,
              machine=200)       # at most
 FLOORS = [{"fused", "libraries"}, {"lif"}, {"models"}, {"settings", "machine"}, {"runs"}, {"data"}, {"baselines"},
           {"trigger", "defenses"}, {"badsnn"}, {"studies"}, {"scan"}, {"tables"},
