@@ -283,11 +283,9 @@ def train_trigger(model, data, s, v_thr_a):
 # 3.3.4  Deployment, and Table 1
 
 def choose(rows, base_ca, margin):
-    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going away from
-    the nominal threshold until CA is more than margin below the best CA, base_ca included: the last of these whose
-    ASR_p - target_rate is within 5 points of the best. (The nearer to V_t, the less T_o must change.) None if CA is too
-    low from the start.
-    """
+    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going away from V_THR_N
+    until CA is more than margin below the best CA, base_ca included: the last of these whose ASR_p -
+    target_rate is within 5 points of the best. (Nearer to V_t, T_o must change less.) None: CA is too low."""
     rows = sorted(rows, key=lambda row: abs(row["v_thr"] - V_THR_N))
     least = max(base_ca, *(row["ca"] for row in rows)) - margin
     fit = list(itertools.takewhile(lambda row: row["ca"] >= least, rows))
@@ -300,9 +298,12 @@ def deploy(model, data, s, grid=None):
     of the grid keeps CA within the margin, its first."""
     held, t = hold_out(data, s.hold_out)[1], simple_triggers(data, s)["asr_p"]
     grid = grid or [round(1.02 + i * (0.02 if data.events else 0.01), 2) for i in range(29)]
-    rows = [dict(v_thr=v, **evaluate(model, held, s, v, s.tau_a), asr_p=asr(model, held, s, v, s.tau_a, t))
-            for v in grid]
-    return choose(rows, evaluate(model, held, s, V_THR_N, TAU_N)["ca"], s.margin) or grid[0], rows
+    base_ca, rows = evaluate(model, held, s, V_THR_N, TAU_N)["ca"], []
+    for v in grid:      # as far as CA is within the margin: nothing further away can be chosen
+        rows.append(dict(v_thr=v, **evaluate(model, held, s, v, s.tau_a), asr_p=asr(model, held, s, v, s.tau_a, t)))
+        if rows[-1]["ca"] < max(base_ca, *(row["ca"] for row in rows)) - s.margin:
+            break
+    return choose(rows, base_ca, s.margin) or grid[0], rows
 
 
 def attack(data, s):
@@ -368,7 +369,8 @@ def describe(data, s):
     """What a result must carry to mean anything."""
     unused = [name for name in s.of("triggers") if (name == "beta") != data.events]
     return dict(s.of(), **dict.fromkeys(unused), dataset=data.name, note=data.note, n_train=len(data.y_train),
-                n_test=len(data.y_test), device=s.device, torch=torch.__version__)
+                n_test=len(data.y_test), torch=torch.__version__,
+                device=s.device if s.device == "cpu" else f"{s.device}, {torch.cuda.get_device_name()}")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ class Settings:
 
     baseline_ratio: float = setting("baselines", 0.05, "share of the set that other attacks poison", SHARE)
     wanet_ratio: float = setting("baselines", 0.1, "share of every batch that WaNet poisons", SHARE)
-    warp: float = setting("baselines", 0.5, "strength s of WaNet's warp", POSITIVE)
-    warp_noise: int = setting("baselines", 2, "WaNet: samples with extra noise for every poisoned one", at_least(0))
+    warp: float = setting("baselines", 2.0, "strength s of WaNet's warp", POSITIVE)
+    warp_noise: int = setting("baselines", 0, "WaNet: samples with extra noise for every poisoned one", at_least(0))
     clean_label_ratio: float = setting("baselines", 0.8, "share of the target class that clean-label poisons", SHARE)
     pgd_eps: float = setting("baselines", 16 / 255, "clean-label: how far PGD may move a pixel", SHARE)
 
@@ -176,12 +176,12 @@ def usable_device(name):
 IMAGES = Settings()
 EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
                  baseline_ratio=0.1, label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
+CIFAR = replace(IMAGES, malicious_rows=16, flip=True, v_thr_t_low=1.15, malicious_contrast=0.5)
 PRESETS = {     # n_poison: what the paper's P gives on the whole set
     "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
-                      malicious_contrast=0.5, warp=2.0, warp_noise=0, n_o=200, epochs_o=20, nominal_weight=0.0,
-                      budget=None, amp="off"),
-    "cifar10": replace(IMAGES, dataset="cifar10", n_poison=100, malicious_rows=16, flip=True),
-    "cifar100": replace(IMAGES, dataset="cifar100", model="vgg16", n_poison=5, flip=True, epochs=40),
+                      malicious_contrast=0.5, n_o=200, epochs_o=20, nominal_weight=0.0, budget=None, amp="off"),
+    "cifar10": replace(CIFAR, dataset="cifar10", n_poison=100, q=4.0, margin=3.0),
+    "cifar100": replace(CIFAR, dataset="cifar100", poison_ratio=0.5, margin=5.0),
     "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),
     "nmnist": replace(EVENTS, dataset="nmnist"),
     "ndigits": replace(EVENTS, dataset="ndigits", epochs=15),

@@ -56,6 +56,12 @@ def markdown(titles, rows):
     return "\n".join([f"| {titles} |", "|---" * (titles.count("|") + 1) + "|", *lines])
 
 
+def of_paper(name):
+    """The paper's [Clean CA, Base CA] for a data set or its variant, and Table 1's (CA, ASR_p, ASR_o) by V_a."""
+    *at_nominal, rows = PAPER_TABLE1.get(re.split("[-_]", name)[0], [()])
+    return at_nominal, dict(zip(PAPER_V_A, rows))
+
+
 def percent(value, spread=None):
     return ("-" if value is None else f"{value:.1f}") + (f" ± {spread:.1f}" if spread is not None else "")
 
@@ -70,7 +76,7 @@ def table1(found, every=False):
     rows, needed = [], ("ca", "target_rate", "asr_p", "asr_p_clean_model")
     for name, r in in_order(found).items():
         control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
-        paper = dict(zip(PAPER_V_A, PAPER_TABLE1[name][2])) if name in PAPER_TABLE1 else {}
+        paper = of_paper(name)[1]
         own = f"**own**, {span([run['at_chosen']['v_thr'] for run in r['runs']])}"
         curve = [("", f"{row['v_thr']:g}", row, {}, paper.get(row["v_thr"], ()))
                  for row in r["rows"] if every or row["v_thr"] in PAPER_V_A]
@@ -84,15 +90,22 @@ def table1(found, every=False):
 
 
 def table_summary(found):
-    """Four data sets at the attacker's own V_a, the better trigger of each, and the paper at the nearest V_a."""
+    """Four data sets at the attacker's own V_a: the widest network of each, the trigger that gains more over a clean
+    model, and the paper at the nearest V_a."""
     rows = []
-    for name, r in ((name, found[name]) for name in ("gtsrb", "cifar10", "digits", "nmnist") if name in found):
-        at, (trigger, i) = r["at_chosen"], ("p", 1) if r["at_chosen"]["asr_o"] is None else ("o", 2)
-        v_thr, theirs = min(zip(PAPER_V_A, PAPER_TABLE1.get(name, ((),) * 3)[2]), default=(None, ()),
-                            key=lambda pair: abs(pair[0] - at["v_thr"]))
-        rows.append([name + " (older recipe)" * ("older" in r["note"]), f"{at['v_thr']:.2f}", *map(percent, (
-            at["ca"], at["target_rate"], at[f"asr_{trigger}"], at.get(f"asr_{trigger}_clean_model"))),
-            f"{percent(theirs[0])}, {percent(theirs[i])} (V_a {v_thr:g})" if theirs else ""])
+    for stem in ("gtsrb", "cifar10", "digits", "nmnist"):
+        name = max((name for name in in_order(found) if re.split("[-_]", name)[0] == stem),
+                   key=lambda name: found[name]["width"], default=None)
+        if name is None:
+            continue
+        at, theirs = found[name]["at_chosen"], of_paper(name)[1]
+        triggers = [("asr_p", "T_p" if found[name]["q"] else "T_s", 1), ("asr_o", "T_o", 2)]
+        key, trigger, i = max((one for one in triggers if at[one[0]] is not None),
+                              key=lambda one: at[one[0]] - (at.get(f"{one[0]}_clean_model") or 0))
+        v_thr = min(theirs, key=lambda v: abs(v - at["v_thr"]), default=None)
+        rows.append([name, f"{at['v_thr']:.2f}", percent(at["ca"]), percent(at["target_rate"]),
+                     f"{percent(at[key])} ({trigger})", percent(at.get(f"{key}_clean_model")),
+                     f"{percent(theirs[v_thr][0])}, {percent(theirs[v_thr][i])} (V_a {v_thr:g})" if theirs else ""])
     return markdown("data | V_a | CA | target_rate | ASR | ASR, clean model | paper: CA, ASR", rows)
 
 
@@ -102,7 +115,7 @@ def table_runs(found):
     for name, r in in_order(found).items():
         ours = [percent(r[key], np.std([run[key] for run in r["runs"]], ddof=1) if len(r["runs"]) > 1 else None)
                 for key in ("clean_ca", "base_ca")]
-        paper = " / ".join(map(percent, PAPER_TABLE1[name][:2])) if name in PAPER_TABLE1 else ""
+        paper = " / ".join(map(percent, of_paper(name)[0]))
         v_thr_t = span([r["v_thr_t"], r.get("v_thr_t_low") or r["v_thr_t"]])
         strength = f"q {r['q']:g}" if r["q"] else f"beta {r['beta']:g}"
         rows.append([f"**{name}**", *ours, paper, f"{r['model']}, width {r['width']}, T {r['T']}",

@@ -205,6 +205,15 @@ def test_choices_never_see_the_test_set(workplace, monkeypatch):
     assert found[0] == found[1]
 
 
+def test_deploy_looks_no_further_than_it_can_choose(workplace, monkeypatch):
+    """CA falls by a point per hundredth: with a margin of 2, 1.02 is the last to be chosen, 1.03 the last seen."""
+    data, s = prepared()
+    monkeypatch.setattr(badsnn, "evaluate", lambda model, data, s, v, tau: dict(ca=100 * (2 - v), target_rate=0.0))
+    monkeypatch.setattr(badsnn, "asr", lambda model, data, s, v, tau, t: 50.0)
+    v_thr, rows = badsnn.deploy(None, data, replace(s, margin=2.001))
+    assert v_thr == 1.02 and [row["v_thr"] for row in rows] == [1.02, 1.03]
+
+
 def test_a_silent_network_answers_nothing(workplace):
     """All outputs equal: not class 0, which is the target."""
     data, s = prepared()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def test_results_in_order_and_one_display(capfd):
 
 def test_in_order_where_one_process_is_asked_for():
     assert {pid for _, pid in machine.side_by_side(work, [(1,), (2,)], preset("digits", processes=1))} == {os.getpid()}
+
+
+def test_a_gpu_is_shared_only_by_as_many_as_are_asked_for():
+    def pids(processes):
+        s = SimpleNamespace(device="cuda", processes=processes)         # no GPU is needed to count processes
+        return {pid for _, pid in machine.side_by_side(work, [(1,), (2,)], s)}
+    assert pids(None) == {os.getpid()} and os.getpid() not in pids(2)
 
 
 def test_an_error_is_passed_on_and_ends_the_others():
