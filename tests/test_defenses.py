@@ -93,7 +93,7 @@ def test_an_epoch_is_every_image_once():
 @pytest.mark.parametrize("name, kind, wanted", [
     ("fine_tune", dict(momentum=0.9, weight_decay=5e-4, nesterov=False), [[0.01, 0.005]]),          # a cosine
     ("tsbd", dict(momentum=0.9, weight_decay=0, nesterov=False), [[1e-3, 1e-3], [0.01, 0.01]]),     # unlearn, repair
-    ("nad", dict(momentum=0.9, weight_decay=1e-4, nesterov=True), [[0.1], [0.1, 0.1, 0.01]])])      # teacher, student
+    ("nad", dict(momentum=0.9, weight_decay=1e-4, nesterov=True), [[0.01], [0.01, 0.01, 1e-3]])])   # teacher, student
 def test_the_optimisers_are_the_sources(name, kind, wanted, monkeypatch):
     seen = []
 
