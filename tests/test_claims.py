@@ -62,6 +62,11 @@ def by_seed(name, attack, key, defense=None):
                 if row.get("defense") == defense)
 
 
+def seen_by(name, trigger, detector):
+    """A detector's AUROC for one of BadSNN's triggers."""
+    return next(row[detector] for row in result(f"{name}/defend")["detectors"] if row["trigger"] == trigger)
+
+
 def of_four(key, attacks):
     """A detector's values for some attacks on N-MNIST, every seed's least and greatest."""
     return [value for attack in attacks for value in by_seed("nmnist", attack, key)]
@@ -296,6 +301,29 @@ CLAIMS = [
      "model {:.1f} and {:.1f})", lambda: [
          *map(result("cifar10/attack").get, ("clean_ca", "base_ca")), *own(
              "cifar10", "v_thr", "ca", "asr_p", "asr_o", "asr_p_clean_model", "asr_o_clean_model")]),
+    (RESULTS, "Clean CA {:.1f}, Base CA {:.1f} (the paper: {:.1f} and {:.1f} with VGG-16, width 64 and 50,000 images). "
+     "At the V_a of {:.2f}, which may cost {:.0f} points on held-out images: CA {:.1f}, target_rate {:.1f}, ASR_p "
+     "{:.1f} and ASR_o {:.1f}; the clean model gives {:.1f} and {:.1f}, and at v_thr 1.0 T_o gives {:.1f}", lambda: [
+         *map(result("cifar100/attack").get, ("clean_ca", "base_ca")), *tables.PAPER_TABLE1["cifar100"][:2],
+         *own("cifar100", "v_thr"), result("cifar100/attack")["margin"], *own(
+             "cifar100", "ca", "target_rate", "asr_p", "asr_o", "asr_p_clean_model", "asr_o_clean_model"),
+         *at("cifar100", 1.0, "asr_o")]),
+    (RESULTS, "BadNets {:.1f}, Blended {:.1f} and WaNet {:.1f} % are learned at a CA at most {:.1f} points below the "
+     "clean model's {:.1f}; BadSNN has {:.1f} % with T_p (clean model {:.1f}) at a V_a of {:.2f}", lambda: [
+         *of_classics("asr", "none", "cifar10_w48"), result("cifar10_w48/defend")["clean_ca"] - min(of_classics(
+             "ca", "none", "cifar10_w48")), result("cifar10_w48/defend")["clean_ca"],
+         *(defended("cifar10_w48", key, "badsnn none")[0] for key in ("asr", "asr_clean_model", "v_thr"))]),
+    (RESULTS, "leaves T_p at {:.1f} % and *gains* {:.1f} points of CA", lambda: [
+        *defended("cifar10_w48", "asr", "badsnn restore"),
+        -1 * (defended("cifar10_w48", "ca", "badsnn none")[0] - defended("cifar10_w48", "ca", "badsnn restore")[0])]),
+    (RESULTS, "fine-tuning takes it to {:.1f} to {:.1f} and leaves BadSNN at {:.1f} %, BadNets at {:.1f}, Blended at "
+     "{:.1f} and WaNet at {:.1f}, but on a clean model repaired alike T_p then gives {:.1f} %", lambda: [
+         *ends(defended("cifar10_w48", "ca", "badsnn fine_tune") + of_classics("ca", "fine_tune", "cifar10_w48")),
+         *defended("cifar10_w48", "asr", "badsnn fine_tune"), *of_classics("asr", "fine_tune", "cifar10_w48"),
+         defended("cifar10_w48", "clean_model", "badsnn fine_tune")[0]["asr"]]),
+    (RESULTS, "NAD leaves BadSNN at {:.1f} % and the others at {:.1f}, {:.1f} and {:.1f}; ANP at {:.1f} and {:.1f}, "
+     "{:.1f} and {:.1f}", lambda: [value for defense in ("nad", "anp") for value in [
+         *defended("cifar10_w48", "asr", f"badsnn {defense}"), *of_classics("asr", defense, "cifar10_w48")]]),
     (RESULTS, "(L2 {:.1f}, ASR_o {:.1f}), but then a clean model answers the target to {:.1f} %, with our "
      "adversarial weight and the budget to {:.1f} %; the loss at the nominal setting takes these {:.1f} to {:.1f} %, "
      "and ASR_o from {:.1f} to {:.1f}", lambda: [
@@ -306,6 +334,9 @@ CLAIMS = [
         row["l2"] for row in result("gtsrb/trigger")["rows"] if row["asr_o"] >= 80 and row["asr_o_clean_model"] < 10)]),
     (RESULTS, "a mean L2 of {:.2f} on the backdoored network and of {:.2f} on the clean one", lambda: [
         result("gtsrb/magnitude")["rows"][0][key] for key in ("l2_deepfool", "l2_deepfool_clean_model")]),
+    (RESULTS, "AUROC {:.2f} on GTSRB and {:.2f} on CIFAR-10. T_o escapes it on GTSRB ({:.2f}) and largely STRIP as well "
+     "({:.2f})", lambda: [seen_by("gtsrb", "T_p", "spikes_auroc"), seen_by("cifar10_w48", "T_p", "spikes_auroc"),
+                          seen_by("gtsrb", "T_o", "spikes_auroc"), seen_by("gtsrb", "T_o", "strip_auroc")]),
     (RESULTS, "by {:.0f} to {:.0f} % at v_thr 1.0; re-normalised they change by {:.0f} to +{:.0f} %", lambda: [
         *ends(fewer_spikes(name, "T_p") for name in SPIKES),
         *ends(-fewer_spikes(name, "T_p re-normalised") for name in SPIKES)]),
