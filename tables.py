@@ -90,10 +90,10 @@ def table1(found, every=False):
 
 
 def table_summary(found):
-    """Four data sets at the attacker's own V_a: the widest network of each, the trigger that gains more over a clean
+    """Five data sets at the attacker's own V_a: the widest network of each, the trigger that gains more over a clean
     model, and the paper at the nearest V_a."""
     rows = []
-    for stem in ("gtsrb", "cifar10", "digits", "nmnist"):
+    for stem in ("gtsrb", "cifar10", "cifar100", "digits", "nmnist"):
         name = max((name for name in in_order(found) if re.split("[-_]", name)[0] == stem),
                    key=lambda name: found[name]["width"], default=None)
         if name is None:

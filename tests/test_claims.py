@@ -143,6 +143,9 @@ CLAIMS = [
     (README, "T_p still reaches {:.0f} % on average ({:.0f} to {:.0f} %) and T_o {:.0f} %", lambda: [
         *at("digits", 1.0, "asr_p"), *ends(each("digits", "asr_p", 1.0)), *at("digits", 1.0, "asr_o")]),
     (README, "takes T_o from {:.0f} to {:.0f} %", lambda: of_the_story("asr_o")),
+    (README, "on CIFAR-10 T_p falls from {:.0f} to {:.0f} %, on GTSRB T_o from {:.0f} to {:.0f} %", lambda: [
+        *defended("cifar10_w48", "asr", "badsnn none", "badsnn restore"),
+        *defended("gtsrb", "asr", "badsnn none", "badsnn restore")]),
     (RESULTS, "({:g} to {:g}): CA {:.1f} (Base CA {:.1f}; the largest loss of a seed is {:.1f} points), target_rate "
      "{:.1f}, ASR_p {:.1f} (worst seed {:.1f}) and ASR_o {:.1f} (worst {:.1f})", lambda: [
          min(each("digits", "v_thr")), max(each("digits", "v_thr")), *own("digits", "ca"),
