@@ -327,6 +327,20 @@ CLAIMS = [
     (RESULTS, "NAD leaves BadSNN at {:.1f} % and the others at {:.1f}, {:.1f} and {:.1f}; ANP at {:.1f} and {:.1f}, "
      "{:.1f} and {:.1f}", lambda: [value for defense in ("nad", "anp") for value in [
          *defended("cifar10_w48", "asr", f"badsnn {defense}"), *of_classics("asr", defense, "cifar10_w48")]]),
+    (RESULTS, "BadNets has {:.1f} and Blended {:.1f} %, at the clean model's CA; T_o has {:.1f} (clean model {:.1f}) at a "
+     "V_a of {:.2f}. Fine-tuning leaves T_o at {:.1f} %, BadNets at {:.1f} and Blended at {:.1f}; ANP at {:.1f}, {:.1f} "
+     "and {:.1f}. Setting the threshold back leaves T_o at {:.1f} % and gains {:.1f} points of CA", lambda: [
+         *defended("cifar100", "asr", "badnets none", "blend none", "badsnn none"),
+         *(defended("cifar100", key, "badsnn none")[0] for key in ("asr_clean_model", "v_thr")),
+         *(value for defense in ("fine_tune", "anp") for value in defended(
+             "cifar100", "asr", f"badsnn {defense}", f"badnets {defense}", f"blend {defense}")),
+         *defended("cifar100", "asr", "badsnn restore"),
+         defended("cifar100", "ca", "badsnn restore")[0] - defended("cifar100", "ca", "badsnn none")[0]]),
+    (RESULTS, "(T_p after TSBD: {:.0f}, {:.0f} and {:.0f} %)", lambda: [
+        row["asr_p"] for run in result("digits/defend")["runs"] if run["attack"] == "badsnn" for row in run["rows"]
+        if row["defense"] == "tsbd"]),
+    (RESULTS, "with an AUROC of {:.2f} and {:.2f} here", lambda: [
+        seen_by("digits", "T_p", "spikes_auroc"), seen_by("digits", "T_o", "spikes_auroc")]),
     (RESULTS, "(L2 {:.1f}, ASR_o {:.1f}), but then a clean model answers the target to {:.1f} %, with our "
      "adversarial weight and the budget to {:.1f} %; the loss at the nominal setting takes these {:.1f} to {:.1f} %, "
      "and ASR_o from {:.1f} to {:.1f}", lambda: [
