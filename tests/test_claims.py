@@ -237,8 +237,8 @@ CLAIMS = [
          *of_classics("asr", "none", "gtsrb"), result("gtsrb/defend")["clean_ca"] - min(of_classics(
              "ca", "none", "gtsrb")), result("gtsrb/defend")["clean_ca"],
          *(defended("gtsrb", key, "badsnn none")[0] for key in ("asr", "asr_clean_model", "v_thr", "asr_p"))]),
-    (RESULTS, "leaves T_o at {:.1f} %, BadNets at {:.1f}, Blended at {:.1f} and WaNet at {:.1f}; ANP at {:.1f}, {:.1f}, "
-     "{:.1f} and {:.1f}; NAD at {:.1f}, {:.1f}, {:.1f} and {:.1f}. TSBD leaves T_o at {:.1f} and BadNets at {:.1f}",
+    (RESULTS, "leaves T_o at {:.1f} %, BadNets at {:.1f}, Blended at {:.1f} and WaNet at {:.1f}; ANP at {:.1f}, "
+     "{:.1f}, {:.1f} and {:.1f}; NAD at {:.1f}, {:.1f}, {:.1f} and {:.1f}. TSBD leaves T_o at {:.1f} and BadNets at {:.1f}",
      lambda: [value for defense in ("fine_tune", "anp", "nad", "tsbd") for value in [
          *defended("gtsrb", "asr", f"badsnn {defense}"), *of_classics("asr", defense, "gtsrb")]][:14]),
     (RESULTS, "gains {:.1f} points of CA and leaves T_o at {:.1f} %, because it leaks (finding 6); after a defence "
@@ -327,9 +327,9 @@ CLAIMS = [
     (RESULTS, "NAD leaves BadSNN at {:.1f} % and the others at {:.1f}, {:.1f} and {:.1f}; ANP at {:.1f} and {:.1f}, "
      "{:.1f} and {:.1f}", lambda: [value for defense in ("nad", "anp") for value in [
          *defended("cifar10_w48", "asr", f"badsnn {defense}"), *of_classics("asr", defense, "cifar10_w48")]]),
-    (RESULTS, "BadNets has {:.1f} and Blended {:.1f} %, at the clean model's CA; T_o has {:.1f} (clean model {:.1f}) at a "
-     "V_a of {:.2f}. Fine-tuning leaves T_o at {:.1f} %, BadNets at {:.1f} and Blended at {:.1f}; ANP at {:.1f}, {:.1f} "
-     "and {:.1f}. Setting the threshold back leaves T_o at {:.1f} % and gains {:.1f} points of CA", lambda: [
+    (RESULTS, "BadNets has {:.1f} and Blended {:.1f} %, at the clean model's CA; T_o has {:.1f} (clean model {:.1f}) at "
+     "a V_a of {:.2f}. Fine-tuning leaves T_o at {:.1f} %, BadNets at {:.1f} and Blended at {:.1f}; ANP at {:.1f}, "
+     "{:.1f} and {:.1f}. Setting the threshold back leaves T_o at {:.1f} % and gains {:.1f} points of CA", lambda: [
          *defended("cifar100", "asr", "badnets none", "blend none", "badsnn none"),
          *(defended("cifar100", key, "badsnn none")[0] for key in ("asr_clean_model", "v_thr")),
          *(value for defense in ("fine_tune", "anp") for value in defended(
@@ -351,8 +351,8 @@ CLAIMS = [
         row["l2"] for row in result("gtsrb/trigger")["rows"] if row["asr_o"] >= 80 and row["asr_o_clean_model"] < 10)]),
     (RESULTS, "a mean L2 of {:.2f} on the backdoored network and of {:.2f} on the clean one", lambda: [
         result("gtsrb/magnitude")["rows"][0][key] for key in ("l2_deepfool", "l2_deepfool_clean_model")]),
-    (RESULTS, "AUROC {:.2f} on GTSRB and {:.2f} on CIFAR-10. T_o escapes it on GTSRB ({:.2f}) and largely STRIP as well "
-     "({:.2f})", lambda: [seen_by("gtsrb", "T_p", "spikes_auroc"), seen_by("cifar10_w48", "T_p", "spikes_auroc"),
+    (RESULTS, "AUROC {:.2f} on GTSRB and {:.2f} on CIFAR-10. T_o escapes it on GTSRB ({:.2f}) and largely STRIP as "
+     "well ({:.2f})", lambda: [seen_by("gtsrb", "T_p", "spikes_auroc"), seen_by("cifar10_w48", "T_p", "spikes_auroc"),
                           seen_by("gtsrb", "T_o", "spikes_auroc"), seen_by("gtsrb", "T_o", "strip_auroc")]),
     (RESULTS, "by {:.0f} to {:.0f} % at v_thr 1.0; re-normalised they change by {:.0f} to +{:.0f} %", lambda: [
         *ends(fewer_spikes(name, "T_p") for name in SPIKES),
