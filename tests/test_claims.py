@@ -238,7 +238,8 @@ CLAIMS = [
              "ca", "none", "gtsrb")), result("gtsrb/defend")["clean_ca"],
          *(defended("gtsrb", key, "badsnn none")[0] for key in ("asr", "asr_clean_model", "v_thr", "asr_p"))]),
     (RESULTS, "leaves T_o at {:.1f} %, BadNets at {:.1f}, Blended at {:.1f} and WaNet at {:.1f}; ANP at {:.1f}, "
-     "{:.1f}, {:.1f} and {:.1f}; NAD at {:.1f}, {:.1f}, {:.1f} and {:.1f}. TSBD leaves T_o at {:.1f} and BadNets at {:.1f}",
+     "{:.1f}, {:.1f} and {:.1f}; NAD at {:.1f}, {:.1f}, {:.1f} and {:.1f}. TSBD leaves T_o at {:.1f} and BadNets at "
+     "{:.1f}",
      lambda: [value for defense in ("fine_tune", "anp", "nad", "tsbd") for value in [
          *defended("gtsrb", "asr", f"badsnn {defense}"), *of_classics("asr", defense, "gtsrb")]][:14]),
     (RESULTS, "gains {:.1f} points of CA and leaves T_o at {:.1f} %, because it leaks (finding 6); after a defence "
@@ -327,8 +328,8 @@ CLAIMS = [
     (RESULTS, "NAD leaves BadSNN at {:.1f} % and the others at {:.1f}, {:.1f} and {:.1f}; ANP at {:.1f} and {:.1f}, "
      "{:.1f} and {:.1f}", lambda: [value for defense in ("nad", "anp") for value in [
          *defended("cifar10_w48", "asr", f"badsnn {defense}"), *of_classics("asr", defense, "cifar10_w48")]]),
-    (RESULTS, "BadNets has {:.1f} and Blended {:.1f} %, at the clean model's CA; T_o has {:.1f} (clean model {:.1f}) at "
-     "a V_a of {:.2f}. Fine-tuning leaves T_o at {:.1f} %, BadNets at {:.1f} and Blended at {:.1f}; ANP at {:.1f}, "
+    (RESULTS, "BadNets has {:.1f} and Blended {:.1f} %, at the clean model's CA; T_o has {:.1f} (clean model {:.1f}) "
+     "at a V_a of {:.2f}. Fine-tuning leaves T_o at {:.1f} %, BadNets at {:.1f} and Blended at {:.1f}; ANP at {:.1f}, "
      "{:.1f} and {:.1f}. Setting the threshold back leaves T_o at {:.1f} % and gains {:.1f} points of CA", lambda: [
          *defended("cifar100", "asr", "badnets none", "blend none", "badsnn none"),
          *(defended("cifar100", key, "badsnn none")[0] for key in ("asr_clean_model", "v_thr")),
