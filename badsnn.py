@@ -284,8 +284,8 @@ def train_trigger(model, data, s, v_thr_a):
 
 def choose(rows, base_ca, margin):
     """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going away from V_THR_N
-    until CA is more than margin below the best CA, base_ca included: the last of these whose ASR_p -
-    target_rate is within 5 points of the best. (Nearer to V_t, T_o must change less.) None: CA is too low."""
+    until CA is more than margin below the best CA, base_ca included: the last of these whose ASR_p - target_rate is
+    within 5 points of the best. (Nearer to V_t, T_o must change less.) None: CA is too low."""
     rows = sorted(rows, key=lambda row: abs(row["v_thr"] - V_THR_N))
     least = max(base_ca, *(row["ca"] for row in rows)) - margin
     fit = list(itertools.takewhile(lambda row: row["ca"] >= least, rows))
@@ -294,8 +294,8 @@ def choose(rows, base_ca, margin):
 
 
 def deploy(model, data, s, grid=None):
-    """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen from. Where no V_a
-    of the grid keeps CA within the margin, its first."""
+    """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen from. grid: going
+    away from V_THR_N; where none of it keeps CA within the margin, its first."""
     held, t = hold_out(data, s.hold_out)[1], simple_triggers(data, s)["asr_p"]
     grid = grid or [round(1.02 + i * (0.02 if data.events else 0.01), 2) for i in range(29)]
     base_ca, rows = evaluate(model, held, s, V_THR_N, TAU_N)["ca"], []
@@ -370,7 +370,7 @@ def describe(data, s):
     unused = [name for name in s.of("triggers") if (name == "beta") != data.events]
     return dict(s.of(), **dict.fromkeys(unused), dataset=data.name, note=data.note, n_train=len(data.y_train),
                 n_test=len(data.y_test), torch=torch.__version__,
-                device=s.device if s.device == "cpu" else f"{s.device}, {torch.cuda.get_device_name()}")
+                device=s.device + (f", {torch.cuda.get_device_name(s.device)}" if "cuda" in s.device else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------

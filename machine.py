@@ -42,8 +42,8 @@ def say(line):
 def side_by_side(function, jobs, s, names=None):
     """[function(*job) for job in jobs], in as many processes as there are jobs and free cores; in order where one core
     is free, under torchrun, and on a GPU unless s.processes says how many share it. function and jobs: picklable; say()
-    prints here, behind the job's name. Raises what a job raises. A killed worker ends the others:
-    ValueError. No worker ever outlives this process.
+    prints here, behind the job's name. Raises what a job raises. A killed worker ends the others: ValueError. No worker
+    ever outlives this process.
     """
     free = free_cores()
     workers = min(len(jobs), s.processes or (1 if s.device.startswith("cuda") else free))

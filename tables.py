@@ -21,9 +21,8 @@ PAPER = json.loads((Path(__file__).parent / "results/paper.json").read_text(enco
 PAPER_V_A, PAPER_TABLE1, PAPER_TABLE2 = PAPER["v_a"], PAPER["table1"], PAPER["table2"]
 
 
-
 def read_result(path):
-    """The one reader of results. A result is called by its folder's name, as a variant has one: cifar10_10k."""
+    """The one reader of results. A result is called by its folder's name, as a variant has one: cifar10_w48."""
     class Result(dict):         # what it lacks is an error that names the file
         def __missing__(self, key):
             raise unreadable(path, f"no {key!r} in it")
@@ -43,7 +42,12 @@ def unreadable(path, reason):
 def in_order(found):
     """Results by folder's name: in PRESETS' order, variants behind their data set, unknown ones last."""
     place = {name: i for i, name in enumerate(PRESETS)}
-    return dict(sorted(found.items(), key=lambda item: (place.get(re.split("[-_]", item[0])[0], len(place)), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (place.get(data_set_of(item[0]), len(place)), item[0])))
+
+
+def data_set_of(name):
+    """A result's data set, by its folder's name: of a variant (cifar10_w48, nmnist-binary) the same."""
+    return re.split("[-_]", name)[0]
 
 
 def unique(rows, key):
@@ -58,7 +62,7 @@ def markdown(titles, rows):
 
 def of_paper(name):
     """The paper's [Clean CA, Base CA] for a data set or its variant, and Table 1's (CA, ASR_p, ASR_o) by V_a."""
-    *at_nominal, rows = PAPER_TABLE1.get(re.split("[-_]", name)[0], [()])
+    *at_nominal, rows = PAPER_TABLE1.get(data_set_of(name), [()])
     return at_nominal, dict(zip(PAPER_V_A, rows))
 
 
@@ -93,11 +97,9 @@ def table_summary(found):
     """Five data sets at the attacker's own V_a: the widest network of each, the trigger that gains more over a clean
     model, and the paper at the nearest V_a."""
     rows = []
-    for stem in ("gtsrb", "cifar10", "cifar100", "digits", "nmnist"):
-        name = max((name for name in in_order(found) if re.split("[-_]", name)[0] == stem),
-                   key=lambda name: found[name]["width"], default=None)
-        if name is None:
-            continue
+    by_width = sorted(reversed(in_order(found)), key=lambda name: found[name]["width"])
+    widest = {data_set_of(name): name for name in by_width}         # the last; of equal ones the first in order
+    for name in (widest[key] for key in ("gtsrb", "cifar10", "cifar100", "digits", "nmnist") if key in widest):
         at, theirs = found[name]["at_chosen"], of_paper(name)[1]
         triggers = [("asr_p", "T_p" if found[name]["q"] else "T_s", 1), ("asr_o", "T_o", 2)]
         key, trigger, i = max((one for one in triggers if at[one[0]] is not None),
@@ -133,7 +135,7 @@ LEARNED = 50        # percent: the least ASR, without a defence, that makes a ro
 
 def paper_cells(r, attack):
     """The paper's [CA, ASR] of an attack by defence, both as text, for the data set of a result."""
-    cells = PAPER_TABLE2.get(re.split("[-_]", r["dataset"])[0], {}).get(attack, "").split()
+    cells = PAPER_TABLE2.get(data_set_of(r["dataset"]), {}).get(attack, "").split()
     return {defense: cell.split("/") for defense, cell in zip(PAPERS, cells)}
 
 

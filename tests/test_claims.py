@@ -319,7 +319,7 @@ CLAIMS = [
          *(defended("cifar10_w48", key, "badsnn none")[0] for key in ("asr", "asr_clean_model", "v_thr"))]),
     (RESULTS, "leaves T_p at {:.1f} % and *gains* {:.1f} points of CA", lambda: [
         *defended("cifar10_w48", "asr", "badsnn restore"),
-        -1 * (defended("cifar10_w48", "ca", "badsnn none")[0] - defended("cifar10_w48", "ca", "badsnn restore")[0])]),
+        defended("cifar10_w48", "ca", "badsnn restore")[0] - defended("cifar10_w48", "ca", "badsnn none")[0]]),
     (RESULTS, "fine-tuning takes it to {:.1f} to {:.1f} and leaves BadSNN at {:.1f} %, BadNets at {:.1f}, Blended at "
      "{:.1f} and WaNet at {:.1f}, but on a clean model repaired alike T_p then gives {:.1f} %", lambda: [
          *ends(defended("cifar10_w48", "ca", "badsnn fine_tune") + of_classics("ca", "fine_tune", "cifar10_w48")),
