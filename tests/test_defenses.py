@@ -281,6 +281,12 @@ def test_nad_loss_and_attention():
     assert [list(m.shape) for m in maps] == [[6, 4, 16, 16], [6, 8, 8, 8], [6, 16, 4, 4]] and maps[0].max() <= 1
     betas = 500, 1000, 1000
     assert defenses.distillation_loss(maps, maps, betas) == 0 < defenses.distillation_loss(maps, others, betas)
+    one, other = torch.rand(2, 3, 5, 8, 8)
+    assert torch.allclose(defenses.distillation_loss([one], [other], [7.0], [8]),         # at the source's size
+                          7 * nn.functional.mse_loss(defenses.attention(one), defenses.attention(other)))
+    large, other_large = (x.repeat_interleave(4, 2).repeat_interleave(4, 3) for x in (one, other))  # the same pattern
+    assert torch.allclose(defenses.distillation_loss([one], [other], [7.0], [32]),        # small or not, as heavy
+                          defenses.distillation_loss([large], [other_large], [7.0], [32]), rtol=1e-3)
     rates = torch.zeros(1, 2, 1, 2)
     rates[0, :, 0, 0] = torch.tensor([3.0, 0.0])                     # squares: 9 and 0 + 16 -> (9, 16) / |(9, 16)|
     rates[0, :, 0, 1] = torch.tensor([0.0, 4.0])
