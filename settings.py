@@ -12,7 +12,7 @@ import contextlib
 import math
 import sys
 import zipfile
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ class Settings:
     budget: float = setting("triggers", 0.1, "largest root mean square of T_o's change, pixels in [0, 1]", POSITIVE)
     epochs_o: int = setting("triggers", 40, "epochs of T_o's U-Net", at_least(1))
     n_o: int = setting("triggers", 600, "training images that T_o learns from", at_least(1))
-    magnitude: float = setting("triggers", None, "factor m on T_o's output (none: least that works)", at_least(0))
+    magnitude: float = setting("triggers", None, "factor m on T_o's output (none: least that works, or 1)", at_least(0))
 
     seeds: int = setting("averaging", 1, "number of seeds to average", at_least(1))
 
@@ -173,18 +173,18 @@ def usable_device(name):
     return name
 
 
-IMAGES = Settings()
-EVENTS = replace(IMAGES, model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
-                 baseline_ratio=0.1, label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
-CIFAR = replace(IMAGES, malicious_rows=16, flip=True, v_thr_t_low=1.15, malicious_contrast=0.5)
-PRESETS = {     # n_poison: what the paper's P gives on the whole set
-    "digits": replace(IMAGES, epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0,
-                      malicious_contrast=0.5, n_o=200, epochs_o=20, nominal_weight=0.0, budget=None, amp="off"),
-    "cifar10": replace(CIFAR, dataset="cifar10", n_poison=100, q=4.0, margin=3.0),
-    "cifar100": replace(CIFAR, dataset="cifar100", poison_ratio=0.5, margin=5.0),
-    "gtsrb": replace(IMAGES, dataset="gtsrb", model="vgg16", n_poison=8, tau_t=0.8),
-    "nmnist": replace(EVENTS, dataset="nmnist"),
-    "ndigits": replace(EVENTS, dataset="ndigits", epochs=15),
+# What a data set changes in the defaults. n_poison: what the paper's P gives on the whole set.
+EVENTS = dict(model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
+              baseline_ratio=0.1, label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
+CIFAR = dict(malicious_rows=16, flip=True, v_thr_t_low=1.15, malicious_contrast=0.5)
+PRESETS = {
+    "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0, n_o=200,
+                   malicious_contrast=0.5, epochs_o=20, nominal_weight=0.0, budget=None, amp="off"),
+    "cifar10": CIFAR | dict(n_poison=100, q=4.0, margin=3.0),
+    "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0),
+    "gtsrb": dict(model="vgg16", n_poison=8, tau_t=0.8),
+    "nmnist": EVENTS,
+    "ndigits": EVENTS | dict(epochs=15),
 }
 
 
@@ -197,8 +197,9 @@ def preset(dataset, **changes):
     for name in {"tau_t", "tau_a"} & set(changes):
         if changes.get("neuron") == "plif" and changes[name] is not None:
             raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns its tau; leave it out")
-    base = PRESETS.get(dataset) or (EVENTS if _holds_events(dataset) else IMAGES)
-    return replace(base, dataset=str(dataset), **changes)
+    base = PRESETS.get(dataset) or (EVENTS if _holds_events(dataset) else {})
+    own = {"n_poison": None} if "poison_ratio" in changes else {}       # the preset's number would hide the ratio
+    return Settings(**base | own | dict(changes, dataset=str(dataset)))
 
 
 def _holds_events(path):
@@ -260,9 +261,9 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish",
                                                                   "models", "weights", "build") if k in given})
-    refused = {"heatmap", "plif"} & {*getattr(own, "study", ())}
+    refused = {"heatmap", "plif", "events", "scan"} & {*getattr(own, "study", ()), own.command}
     if given.get("neuron") == "plif" and refused:
-        raise ValueError(f"--study {min(refused)} sets tau or compares both neurons; leave out --neuron plif")
+        raise ValueError(f"{min(refused)} sets tau or compares neurons; leave out --neuron plif")
     if own.command == "scan":
         if (own.weights is None) != (own.build is None):
             raise ValueError("scan needs --weights and --build together, or neither")
@@ -293,9 +294,9 @@ def _plain(value):
 
 def _presets():
     lines = ["presets of the data sets, where they differ from the defaults:"]
-    for name, s in PRESETS.items():
-        changed = [f.name for f in fields(s) if f.name != "dataset" and getattr(s, f.name) != getattr(IMAGES, f.name)]
-        lines.append(f"  {name}: " + " ".join(f"{flag(name)} {_plain(getattr(s, name))}" for name in changed))
+    for name, changed in PRESETS.items():
+        lines.append(f"  {name}: " + " ".join(flag(key) if isinstance(value, bool) else f"{flag(key)} {_plain(value)}"
+                                               for key, value in changed.items()))
     return "\n".join(lines)
 
 

@@ -43,7 +43,19 @@ def test_settings_do_not_change_but_variants_are_made():
 
 def test_presets_are_valid_and_in_order():
     assert list(PRESETS) == ["digits", "cifar10", "cifar100", "gtsrb", "nmnist", "ndigits"]
-    assert all(s.dataset == name for name, s in PRESETS.items())
+    assert all(preset(name).dataset == name for name in PRESETS)
+    assert preset("cifar10").n_poison == 100 and preset("cifar10", n_poison=7, poison_ratio=0.5).n_poison == 7
+    assert preset("cifar10", poison_ratio=0.01).n_poison is None           # the preset's number would hide the ratio
+    text = settings._presets()
+    assert "cifar10: --malicious-rows 16 --flip --v-thr-t-low 1.15" in text and "--no-growing-T --v-thr-a 1 1.1" in text
+
+
+def test_the_precision_is_that_of_the_device_in_use(monkeypatch):
+    """Where there is a GPU, --device cpu measures as on any CPU, whatever the GPU would take."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(settings, "usable_device", lambda name: "cuda" if name == "auto" else name)
+    assert preset("cifar10").amp == "on" and preset("cifar10", device="cpu").amp == "auto"
 
 
 def test_groups_as_plain_values():
@@ -75,7 +87,8 @@ def test_an_own_set_gets_the_preset_of_its_kind(tmp_path):
     (["--lambdas", "1", "2", "-1"], "--lambdas"), (["--v-thr-t-low", "2"], "at most"),
     (["--magnitude", "-1"], "--magnitude"), (["--hold-out", "0"], "--hold-out"),
     (["--label-smoothing", "1"], "--label-smoothing"), (["--v-thr-a", "x"], "invalid"),
-    (["--baseline-ratio", "0"], "baseline-ratio"), (["--baseline-ratio", "0.0001"], "selects none")])
+    (["--baseline-ratio", "0"], "baseline-ratio"), (["--baseline-ratio", "0.0001"], "selects none"),
+    (["--clean-label-ratio", "0.001"], "selects none")])
 def test_refuses(workplace, capsys, arguments, message):
     assert message in refused(capsys, "attack", *arguments)
 
