@@ -15,6 +15,7 @@ import functools
 import glob
 import hashlib
 import inspect
+import io
 import json
 import os
 import statistics
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from machine import rank_and_ranks, say
+from machine import of_rank_0, rank_and_ranks, say
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
@@ -148,7 +149,8 @@ def fingerprint(*things):
             digest.update(fingerprint(thing.func.__name__, *map(str, thing.keywords), *thing.args,
                                       *thing.keywords.values()).encode())
         else:
-            digest.update(json.dumps(thing, sort_keys=True, default=str).encode())
+            plain = json.dumps(thing, sort_keys=True, default=lambda one: getattr(one, "__qualname__", str(one)))
+            digest.update(plain.encode())
         digest.update(b";")
     return digest.hexdigest()[:16]
 
@@ -181,9 +183,10 @@ def kept(path, deciders, run, fresh=False, quiet=False):
 
 def earlier(path, deciders):
     """The result in `path` if it was made with equal `deciders`, else None; a damaged file counts as none."""
+    result = {}
     with contextlib.suppress(ValueError):
-        result = read_json(path)
-        return result if result.get("made_from") == fingerprint(deciders) else None
+        result = read_json(path) if rank_and_ranks()[0] == 0 else {}
+    return of_rank_0(result if result.get("made_from") == fingerprint(deciders) else None)
 
 
 def folder_of(data, s):
@@ -202,17 +205,20 @@ def write_checkpoint(path, config, **state):
     such values."""
     if rank_and_ranks()[0] == 0:
         state = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in state.items()}
+        whole = io.BytesIO()            # torch.save into a full disk would raise what no caller expects
+        torch.save(dict(state, config=config), whole)
         with replace_file(path) as part:
-            torch.save(dict(state, config=config), part)
+            part.write_bytes(whole.getbuffer())
 
 
 def read_checkpoint(path, config, s, **parts):
     """Loads the state in a checkpoint into `parts`, objects with a load_state_dict, and returns it; None if there
     is none yet, or with --fresh. Raises ValueError for a damaged file or one of another run."""
-    if s.fresh or not path.exists():
-        return None
+    there = not s.fresh and rank_and_ranks()[0] == 0 and path.exists()
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = of_rank_0(torch.load(path, weights_only=True, map_location="cpu") if there else None)
+        if state is None:
+            return None
         if state["config"] != config:
             raise ValueError("it belongs to a run with other settings")
         for name, part in parts.items():

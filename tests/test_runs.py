@@ -14,6 +14,7 @@ from common import ROOT, TINY, prepared
 
 import badsnn
 import runs
+from baselines import badnets
 from runs import code_of, fingerprint, kept, read_json, replace_file
 
 
@@ -65,6 +66,9 @@ def test_fingerprints_tell_things_apart():
     assert (fingerprint(partial(test_readers_name_their_file, a=x))
             != fingerprint(partial(test_readers_name_their_file, a=x + 1)))
     assert fingerprint(dict(a=1, b=2)) == fingerprint(dict(b=2, a=1))
+    own = "import runs, baselines; print(runs.fingerprint([baselines.badnets]))"     # in two processes: two addresses
+    assert len({subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+                for _ in range(2)} | {fingerprint([badnets]) + "\n"}) == 1 != fingerprint([badnets, own])
     model = torch.nn.Linear(2, 2)
     before = fingerprint(model)
     model.weight.data += 1
@@ -148,12 +152,18 @@ def test_results_are_replaced_whole(tmp_path, monkeypatch):
 WORKER = """
 import sys, json, torch
 sys.path.insert(0, {root!r})
+import dataclasses
 import badsnn, data, machine, settings
 s = settings.parse(json.loads(sys.argv[1]))[1]
-digits = data.load_for(s)
 with machine.processes(s) as s:
+    rank = machine.rank_and_ranks()[0]
+    digits = machine.in_turn(data.load_for, s)
+    s = dataclasses.replace(s, runs=s.runs / str(rank))      # as on two machines, each with a disk of its own
     model = badsnn.train(digits, s, "badsnn")
-    if machine.rank_and_ranks()[0] == 0:
+    again = badsnn.train(digits, s, "badsnn")                # finished: rank 1 learns that from rank 0
+    weights = [[*one.state_dict().values()] for one in (model, again)]
+    print("SAME", rank, all(map(torch.equal, *weights)))
+    if rank == 0:
         print("LOSSES", json.dumps([
             row["loss"] for row in torch.load(next(s.runs.rglob("*.pt")), weights_only=True)["history"]]))
 """
@@ -177,6 +187,7 @@ def test_two_processes_train_the_same_model(workplace):
     losses = [[row["loss"] for row in torch.load(path, weights_only=True)["history"]]]
     done = torchrun(2, script, json.dumps(["attack", *TINY, *same, "--runs", "two"]))
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("SAME") == 2 == done.stdout.count("True") and not Path("two/1").exists()
     losses.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))[7:]))
     assert len(losses[0]) == 2
     assert (losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
