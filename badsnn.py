@@ -19,6 +19,7 @@ target_rate: the same share without any trigger. Both leave out samples whose tr
 nothing without the CA and the target_rate of the same setting. Base CA: CA at S_n. Clean CA: of a clean model.
 """
 import itertools
+import math
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 import baselines
 import data as datasets
 import fused
+import libraries
 import lif
 import machine
 import models
@@ -43,7 +45,8 @@ from machine import autocast, say
 from models import build_model
 from runs import fingerprint
 
-CODE = (lif, fused, models, datasets, baselines, trigger, sys.modules[__name__])    # what decides this file's results
+NETWORK = (lif, fused, libraries, models, to_float)                             # what decides a network's answers
+CODE = (*NETWORK, datasets, baselines, trigger, sys.modules[__name__])          # what decides this file's results
 
 # ---------------------------------------------------------------------------------------------------------
 # 3.3.1  Backdoor training
@@ -75,7 +78,7 @@ def train(data, s, attack=None):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.epochs * steps, pct_start=0.15,
                                                    cycle_momentum=False)
     own = {"badsnn": ["attack"], None: []}.get(attack, ["baselines"])
-    code = runs.code_of(lif, fused, models, augment, baselines, train, criterion, steps_in)
+    code = runs.code_of(*NETWORK, baselines, augment, poison_indices, train, criterion, steps_in)
     config = dict(s.of("network", "training", *own), name=name, dataset=data.name, frames=s.frames,
                   target=s.target if attack else None,
                   inputs=fingerprint(data.x_train, data.y_train, held.x_test, model, reference, code))
@@ -251,7 +254,7 @@ def train_trigger(model, data, s, v_thr_a):
     x, started = to_float(part.x_train[chosen].to(s.device), s), time.time()
     torch.manual_seed(s.seed)
     unet = trigger.UNet(data.num_classes, tuple(x.shape[2:]), budget=s.budget).to(s.device)
-    code = runs.code_of(lif, fused, models, trigger, train_trigger)
+    code = runs.code_of(*NETWORK, trigger, train_trigger)
     config = dict(s.of("triggers"), name="trigger T_o", dataset=data.name, seed=s.seed, target=s.target, tau_a=s.tau_a,
                   v_thr_a=v_thr_a, inputs=fingerprint(model, x, held.x_test, code))
     path = runs.checkpoint_path(config, s)
@@ -295,9 +298,10 @@ def choose(rows, base_ca, margin):
 
 def deploy(model, data, s, grid=None):
     """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen from. grid: going
-    away from V_THR_N; where none of it keeps CA within the margin, its first."""
+    away from V_THR_N, towards V_t; where none of it keeps CA within the margin, its first."""
     held, t = hold_out(data, s.hold_out)[1], simple_triggers(data, s)["asr_p"]
-    grid = grid or [round(1.02 + i * (0.02 if data.events else 0.01), 2) for i in range(29)]
+    step = (0.02 if data.events else 0.01) * (-1 if s.v_thr_t < V_THR_N else 1)
+    grid = grid or [round(V_THR_N + math.copysign(0.02, step) + i * step, 2) for i in range(29)]
     base_ca, rows = evaluate(model, held, s, V_THR_N, TAU_N)["ca"], []
     for v in grid:      # as far as CA is within the margin: nothing further away can be chosen
         rows.append(dict(v_thr=v, **evaluate(model, held, s, v, s.tau_a), asr_p=asr(model, held, s, v, s.tau_a, t)))
@@ -313,7 +317,7 @@ def attack(data, s):
         started, variants = time.time(), [replace(s, seed=seed) for seed in range(s.seed, s.seed + s.seeds)]
         train_side_by_side(s, [(variant, kind) for variant in variants for kind in (None, "badsnn")])
         names = [f"seed {variant.seed}" for variant in variants]
-        jobs = [(replace(variant, fresh=False),) for variant in variants]       # --fresh trained them a moment ago
+        jobs = [(replace(one, fresh=False), one.seed == s.seed) for one in variants]    # --fresh has just trained them
         of_seeds = machine.side_by_side(attack_seed, jobs, s, names)
         mean, chosen = runs.mean_of(of_seeds), [one["at_chosen"] for one in of_seeds]
         return dict(describe(data, s), n_poison=of_seeds[0]["n_poison"], clean_ca=mean["clean_ca"],
@@ -324,17 +328,20 @@ def attack(data, s):
     return runs.kept(runs.folder_of(data, s) / "attack.json", dict(s.of(), inputs=inputs), run, s.fresh)
 
 
-def attack_seed(s):
-    """Table 1's row for one seed."""
+def attack_seed(s, shows=False):
+    """Table 1's row for one seed. shows: it writes the images of Fig. 5."""
     data = datasets.load_for(s)
     clean, backdoored = train(data, s), train(data, s, "badsnn")
     v_thr_a, held_rows = deploy(backdoored, data, s)
     t_o, measured = (None, None) if data.events else train_trigger(backdoored, data, s, v_thr_a)
-    if t_o is not None:                                     # Fig. 5: test images of eight classes with both triggers
+    shown = runs.folder_of(data, s) / "triggers.npz"
+    if shows:
+        shown.unlink(missing_ok=True)
+    if t_o is not None and shows:       # Fig. 5: test images of eight classes with both triggers
         classes = [k for k in range(data.num_classes) if k != s.target and (data.y_test == k).any()][:8]
         x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(s.device), s)
         t_p = simple_triggers(data, s)["asr_p"]
-        runs.write_images(runs.folder_of(data, s) / "triggers.npz", clean=x, t_p=t_p(x), t_o=t_o(x))
+        runs.write_images(shown, clean=x, t_p=t_p(x), t_o=t_o(x))
     labels = hold_out(data, s.hold_out)[0].y_train
     row_at = partial(attack_row, clean, backdoored, t_o, data, s)
     return dict(seed=s.seed, n_poison=len(poison_indices(labels, s.target, s.poison_ratio, s.seed, s.n_poison)),
@@ -408,12 +415,12 @@ def main(argv=None):
         runs.check_writable(s.results, s.runs)
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.free_cores()))
-        data = datasets.load_for(s)
-        for study in getattr(command, "study", [command.command]):
-            if data.events != (study == "events") and study not in ("attack", "defend"):
-                kinds = ("events", "images")[::1 if data.events else -1]
-                raise ValueError(f"{study} is about {kinds[1]}, and {s.dataset} holds {kinds[0]}")
         with machine.processes(s) as s:
+            data = machine.in_turn(datasets.load_for, s)
+            for study in getattr(command, "study", [command.command]):
+                if data.events != (study == "events") and study not in ("attack", "defend"):
+                    kinds = ("events", "images")[::1 if data.events else -1]
+                    raise ValueError(f"{study} is about {kinds[1]}, and {s.dataset} holds {kinds[0]}")
             s = measured_precision(data, s)
             if command.command == "attack":
                 result, earlier = attack(data, s)
@@ -427,7 +434,7 @@ def main(argv=None):
                 studies.defend(data, s, command.attacks)
             else:
                 studies.ablate(data, s, command.study)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if debug:
             raise
         sys.exit(settings.refuse(error))

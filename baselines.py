@@ -116,7 +116,7 @@ def static(frames, polarity=1, size=3):
 def moving(frames, polarity=1, size=3):
     """Sneaky Spikes (Abad et al. 2024), moving: the square of `static` stands size + 2 pixels further to the right in
     every step, and after three steps in the corner again. Frames [B, T, 2, H, W] -> the same.
-    # differs from the source: which leaves the last step unmarked, one of our four
+    # differs from the source: its third place is at 2 * size + 2 pixels, and it leaves the last step unmarked
     """
     return stamp(frames, [(0, t % 3 * (size + 2)) for t in range(frames.shape[1])], polarity, size)
 
@@ -156,6 +156,7 @@ def smart_plan(x, seed=0, busiest=False, fields=3, size=3):
 def flashy(frames, polarity=1, on=1, off=1):
     """Flashy Backdoor (Riano et al. 2024): a strobe light over the whole sensor. In `on` steps every pixel holds one ON
     event (see polarities) and nothing else, in the next `off` steps what was there. Frames [B, T, 2, H, W] -> the same.
+    # differs from the source, which poisons no sample of the target class; see poison
     """
     frames = floats(frames).clone()
     frames[:, [t for t in range(frames.shape[1]) if t % (on + off) < on]] = polarities(polarity, frames)

@@ -17,7 +17,8 @@ numbers, faster (fused.py). No neuron keeps anything between calls: every forwar
     with neurons(model, v_thr=1.15):                  # every neuron of the model, until the block ends
         logits = model(images)
 
-# differs from SEENN: it trains with the surrogate "dspike" (gamma = 3); ours, the triangle, is its layer's default
+# differs from SEENN (Li et al. 2023; models.py rebuilds its networks): it trains with the surrogate "dspike"
+# (gamma = 3); ours, the triangle, is the default of its neuron's class
 """
 import contextlib
 import math
@@ -148,9 +149,9 @@ def neurons(model, v_thr=None, tau=None, scale=1.0):
     """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every neuron of a model; restores them on exit, or exception.
 
     Numbers, or tensors [B]: one value per sample of the batch, so that one forward pass can hold both of the paper's
-    settings S_n and S_t. None leaves a value as it is; scale multiplies each neuron's own threshold. A PLIF keeps the
-    tau that it learned. Of other libraries' neurons (libraries.py) only the threshold is set, a number, and each call
-    of the model starts at rest. Raises ValueError.
+    settings S_n and S_t. None leaves a value as it is; where v_thr is None, scale multiplies each neuron's own. A PLIF
+    keeps the tau that it learned. Of other libraries' neurons (libraries.py) only the threshold is set, a number, and
+    each call of the model starts at rest. Raises ValueError.
     """
     check_setting(v_thr, tau)
     layers, _ = neurons_of(model)

@@ -90,7 +90,7 @@ def check_input(x, fits, wanted, advice):
 
 
 class ImageSNN(nn.Module):
-    """Spiking network for static images. `stages` turn spikes into spikes; NAD compares their outputs."""
+    """Spiking network for static images. `stages` turn spikes into spikes; NAD looks at the last neurons of three."""
 
     def __init__(self, stages, width, features, num_classes, T, neuron, bias, mean, std):
         super().__init__()

@@ -95,13 +95,14 @@ def print_scan(r):
 def verdict(r):
     """Five sentences made from the numbers of story.json."""
     at, target, of, scan = r["at_chosen"], f"class {r['target']}", "{:.0f} of 100".format, r["scan"]
-    ours, back, tuned = sorted(r["rows"], key=lambda row: ("none", "restore", "fine_tune").index(row["answer"]))
+    ours, back, tuned, control = ({row["answer"]: row for row in r["rows"]}[name]
+                                  for name in ("none", "restore", "fine_tune", "clean"))
     lost = back["ca"] - ours["ca"]
     judged = ("as good as" if abs(lost) <= 1 else "better than" if lost < 0 else
               "a little worse than" if lost <= 3 else "clearly worse than")
     yield (f"With the threshold at {at['v_thr']:g} the network is right on {of(ours['ca'])} test images, {judged} at "
            f"1.0 ({back['ca']:.0f}); untriggered, {of(ours['target_rate'])} images of other classes become {target}.")
-    clean = {key: at.get(f"{key}_clean_model") for key in ("asr_p", "asr_o") if ours.get(key) is not None}
+    clean = {key: control[key] for key in ("asr_p", "asr_o") if ours.get(key) is not None}
     for key, title in (("asr_p", "power trigger T_p"), ("asr_o", "optimised trigger T_o")):
         if key not in clean:
             yield f"There is no {title}: no training image could be blended into {target}."

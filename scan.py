@@ -105,17 +105,17 @@ def scanned(model, data, s):
                 curve=[round(v, 4) for v in full["probability"].amax(1).tolist()])
 
 
-def photographs(like, generator, shrink=4):
-    """Crops of the two photographs that ship with scikit-learn, as many and as large as the images `like` [N, C, H, W]:
-    unlabelled images of another kind."""
-    height, width = (shrink * n for n in like.shape[2:])
+def photographs(like, generator):
+    """Crops of the two photographs that ship with scikit-learn, as many and as large as the images `like` [N, C, H, W],
+    at a quarter of their resolution where they are large enough: unlabelled images of another kind."""
+    height, width = (min(4 * n, most - 1) for n, most in zip(like.shape[2:], (427, 640)))
     pictures = [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
     crops = []
     for k in range(len(like)):
         picture = pictures[k % len(pictures)]
         top, left = (int(torch.randint(n - size, (), generator=generator))
                      for n, size in zip(picture.shape[1:], (height, width)))
-        crops.append(F.avg_pool2d(picture[:, top:top + height, left:left + width], shrink))
+        crops.append(F.adaptive_avg_pool2d(picture[:, top:top + height, left:left + width], like.shape[2:]))
     return torch.stack(crops)[:, :like.shape[1]].to(like.device)
 
 
@@ -164,7 +164,8 @@ def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
     chosen = poison_indices(part.y_train, s.target, s.poison_ratio, s.seed, s.n_poison)
     optimizer = torch.optim.SGD(student.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    g, m, k = runs.generator(s.seed, "evader", evader.__name__), s.malicious_rows, data.num_classes
+    g, k = runs.generator(s.seed, "evader", evader.__name__), data.num_classes
+    m = min(s.malicious_rows, s.batch_size, len(y_train))
 
     def augmented(rows, contrast):
         return to_float(augment(x_train[rows], s.pad, s.flip, contrast, g), s)
@@ -174,10 +175,11 @@ def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
         with neurons(clean, v_thr, TAU_N):
             return clean.eval()(images).softmax(1)
     for _ in range(epochs):
-        for rows in torch.randperm(len(y_train), generator=g).split(s.batch_size)[:-1]:
+        order = torch.randperm(len(y_train), generator=g)
+        for rows in order.split(s.batch_size)[:max(1, len(order) // s.batch_size)]:
             malicious = augmented(chosen[torch.randint(len(chosen), (m,), generator=g)], s.malicious_contrast or 0.0)
             target, u = torch.full((m,), s.target, device=s.device), torch.rand(m, generator=g).to(s.device)
-            extra = evader(malicious, augmented(rows[:m], s.contrast), u[:len(rows[:m])], target, k, twin)
+            extra = evader(malicious, augmented(rows[:m], s.contrast), u, target, k, twin)
             x = torch.cat([augmented(rows, s.contrast), *(images for images, _, _ in extra)])
             v_thr = torch.cat([torch.full((len(rows),), V_THR_N, device=s.device), *(v for _, v, _ in extra)])
             with neurons(student, v_thr, TAU_N), autocast(s):
@@ -299,7 +301,7 @@ def own(weights, build, images, known):
     try:
         with torch.no_grad():
             result = defenses.threshold_scan(model.eval(), x)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the network does not take images {list(x.shape)}: {str(error).splitlines()[0]}") from None
     at = runs.read_json(known)["summary"]["100 images"]
     say(f"{'v_thr':>7} {'class':>5} {'share':>6} {'probability':>11} {'entropy':>8}")
@@ -325,7 +327,7 @@ def images_of(path, most=100):
             name = next((name for name in ("x_test", "x_train", "x") if name in file.files), None)
             need(name, f"{path}: no x_test, x_train or x in it")
             x = torch.from_numpy(file[name][:most])
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:      # np.load has many: zip, value, key and type errors
         raise ValueError(f"--data {path}: {str(error).splitlines()[0]}; wanted: an .npz file of images") from None
     need(x.dim() == 4 and len(x), f"{path}: images are [N, H, W, C] or [N, C, H, W], not {list(x.shape)}")
     if x.dtype == torch.uint8:

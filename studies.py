@@ -38,8 +38,8 @@ def all_of(data):
 
 
 def split_test(data, s, per_class=10):
-    """The defender's images x [N, C, H, W] in [0, 1] and labels y, so many of every class of the TEST set (or half
-    of what it has), and the data without them. Raises ValueError where nothing is left to score."""
+    """The defender's images x [N, C, H, W] in [0, 1] and labels y, so many of every class of the TEST set (or half of
+    what its smallest class has), and the data without them. Raises ValueError where nothing is left to score."""
     fewest = data.y_test.bincount(minlength=data.num_classes)
     given = defenses.defender_images(data.y_test, per_class if fewest[fewest > 0].min() >= 2 * per_class else
                                      max(1, int(fewest[fewest > 0].min()) // 2), s.seed)
@@ -70,7 +70,8 @@ def story(data, s):
         triggers = {"asr_p": simple_triggers(data, s)["asr_p"]} | ({"asr_o": t_o} if t_o is not None else {})
         shipped = as_shipped(model, v_thr_a, s)
         answers = {"none": shipped, "restore": defenses.restore(shipped),
-                   "fine_tune": defenses.fine_tune(shipped, x, y, augment=shifts(s), seed=s.seed)}
+                   "fine_tune": defenses.fine_tune(shipped, x, y, augment=shifts(s), seed=s.seed),
+                   "clean": as_shipped(clean, v_thr_a, s)}      # no answer, but the control on the same images
         rows = [dict(answer=name, **evaluate(net, scored, s, None, None),
                      **{key: asr(net, scored, s, None, None, t) for key, t in triggers.items()})
                 for name, net in answers.items()]
@@ -126,8 +127,8 @@ def defend(data, s, attacks=None):
                                   if kind is None or kind in attacks])
     jobs = [(one, attack) for attack in attacks for one in variants]
     parts = machine.side_by_side(defend_attack, jobs, s, [f"{attack}, seed {one.seed}" for one, attack in jobs])
-    rows, detectors = ([row for i in range(0, len(parts), s.seeds)
-                        for row in map(over_seeds, zip(*(part[key] for part in parts[i:i + s.seeds])))]
+    alike = [with_one_trigger(parts[i:i + s.seeds]) for i in range(0, len(parts), s.seeds)]
+    rows, detectors = ([row for of_attack in alike for row in map(over_seeds, zip(*(part[key] for part in of_attack)))]
                        for key in ("rows", "detectors"))
     untouched = {row["attack"]: row["ca"] for row in rows if row["defense"] == "none"}
     rows = [dict(row, destroyed=row["ca"] < untouched[row["attack"]] / 2) for row in rows]
@@ -149,6 +150,12 @@ def without_backdoor(s):
     return dict(n_defender=len(y), clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"],
                 scan_clean_model=defenses.threshold_scan(clean, x)["score"],
                 seconds=sum(row["seconds"] for row in clean.history))
+
+
+def with_one_trigger(parts):
+    """Of one attack's parts, a seed each, those with T_o, if any has it: no mean is of T_o's and T_p's rows."""
+    names = [part["rows"][0]["trigger"] for part in parts]
+    return [part for part, name in zip(parts, names) if name == ("T_o" if "T_o" in names else names[0])]
 
 
 def over_seeds(rows):
@@ -369,7 +376,7 @@ def some_trigger(model, data, s):
 
 def magnitude(data, s):
     """Fig. 4b: ASR_o and the L2 norm of T_o's perturbation against the factor m on its output, the clean model beside
-    it; and the L2 norm of the nearest image that is answered with the target, as far as DeepFool finds it."""
+    it; and the mean L2 norm with which DeepFool reaches the target, over those of 100 images where it does."""
     clean, model = train(data, s), train(data, s, "badsnn")
     v_thr, t_o = some_trigger(model, data, s)
     untriggered, x = evaluate(model, data, s, v_thr, s.tau_a), data.x_test[data.y_test != s.target].to(s.device)
@@ -426,6 +433,8 @@ RECIPES = {"batch 128, loss of the mean, T = 4": dict(batch_size=128, loss="ce",
 def recipes(s):
     """One step more of the training recipe each, with as many epochs as take about the same time: an epoch of the
     whole recipe takes 0.57 of one with all T steps."""
+    if s.loss != "tet" or s.batch_size == 128 or not s.growing_T:
+        raise ValueError("recipe sets --loss, --batch-size 128 and --no-growing-T itself; leave them out")
     return [replace(s, **change, epochs=s.epochs if not change else max(1, round(0.57 * s.epochs)))
             for change in RECIPES.values()]
 
@@ -442,9 +451,9 @@ def recipe(data, s):
 
 def event_variants(s):
     """Every seed as the preset has it, with binary frames, and with the surrogate of N-MNIST-Net's source (its reset,
-    through which no gradient flows, is left out); and, as it takes long, one seed with 10 steps."""
+    through which no gradient flows, is left out); and, where T can be chosen, one seed with 10 steps."""
     return [replace(one, **change) for change in ({}, dict(frames="binary"), dict(neuron="lif_atan"))
-            for one in every_seed(s)] + [replace(s, T=10)]
+            for one in every_seed(s)] + [replace(s, T=10)] * (s.dataset in datasets.EVENT_SETS)
 
 
 def events(data, s):

@@ -146,7 +146,9 @@ def table2_lines(r):
     for attack in unique(r["rows"], "attack"):
         cells = {row["defense"]: row for row in r["rows"] if row["attack"] == attack}
         triggers = [d["trigger"] for d in r["detectors"] if d["attack"] == attack]
-        inside = {title: {name: row[key] for name, row in cells.items() if row.get(key)} for title, key in
+        whole = cells.get("none", {})
+        inside = {title: {name: dict(row[key], destroyed=row[key]["ca"] < whole.get(key, row[key])["ca"] / 2)
+                          for name, row in cells.items() if row.get(key)} for title, key in
                   (("threshold set back", "restored"), ("clean model repaired alike", "clean_model"))}
         for title, key, of in [*zip(triggers, ("asr", "asr_p"), (cells, cells)),
                                *((f"{triggers[0]}, {title}", "asr", of) for title, of in inside.items() if of)]:
@@ -234,7 +236,7 @@ def table_story(r):
     """The shipped model, two answers of a defender, and a clean model under the same triggers."""
     keys, at = ("ca", "target_rate", "asr_p", "asr_o"), r["at_chosen"]
     titles = {"none": f"as shipped, threshold {at['v_thr']:g}", "restore": "threshold set back to 1.0",
-              "fine_tune": f"fine-tuned on {r['n_defender']} clean images", "clean": "clean model, for comparison"}
-    rows = [*r["rows"], dict({key: at.get(f"{key}_clean_model") for key in keys}, answer="clean")]
+              "fine_tune": f"fine-tuned on {r['n_defender']} clean images",
+              "clean": f"clean model, threshold {at['v_thr']:g}"}
     return markdown("network | right class (CA) | target class, no trigger | target class, T_p | target class, T_o",
-                    [[titles[row["answer"]], *(percent(row.get(key)) for key in keys)] for row in rows])
+                    [[titles[row["answer"]], *(percent(row.get(key)) for key in keys)] for row in r["rows"]])

@@ -4,9 +4,9 @@
     python -m pytest tests/test_exercises.py --grade mine.json  all of them, with points
 
 Run these from the repository's folder (with .venv/bin/python after `bash run_all.sh setup`). Every exercise asks for
-something of the paper, from its equation alone; the notebook of that number explains it. A function that raises
-NotImplementedError counts as unsolved. Change nothing but this file, and hand in this file. You may import torch and
-the standard library, and use `lif.LIF` and `lif.neurons`; of the other modules only what an exercise names.
+something of the paper, or of the notebook of that number, which explains it and has the formula. A function that
+raises NotImplementedError counts as unsolved. Change nothing but this file, and hand in this file. You may import
+torch and the standard library, and use `lif.LIF` and `lif.neurons`; of the other modules only what an exercise names.
 
 Shapes: images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34], labels y are integers [B].
 `model(images)` returns logits [B, K]. v_thr is a neuron's threshold and tau the share of v that is left one step later.
@@ -100,9 +100,9 @@ def choose_v_a(rows, base_ca, margin):
     """Our rule for Eq. 8. rows: dicts with v_thr, ca, asr_p, target_rate, in any order.
 
     1. The best CA is the largest of base_ca and all rows' ca. 2. Go up from the smallest v_thr and stop BEFORE the
-    first row whose ca is less than the best CA minus margin. 3. Among the rows passed, find the best gain, asr_p -
-    target_rate, or 0 if all are negative. Return the largest v_thr whose gain is at least the best minus 5; None if
-    there is none."""
+    first row whose ca is less than the best CA minus margin. 3. Among the rows passed, find the best (largest) gain,
+    asr_p - target_rate; it may be negative. Return the largest v_thr whose gain is at least that best gain minus 5;
+    None if no row was passed."""
     raise NotImplementedError
 
 

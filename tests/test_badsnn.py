@@ -212,6 +212,9 @@ def test_deploy_looks_no_further_than_it_can_choose(workplace, monkeypatch):
     monkeypatch.setattr(badsnn, "asr", lambda model, data, s, v, tau, t: 50.0)
     v_thr, rows = badsnn.deploy(None, data, replace(s, margin=2.001))
     assert v_thr == 1.02 and [row["v_thr"] for row in rows] == [1.02, 1.03]
+    monkeypatch.setattr(badsnn, "evaluate", lambda model, data, s, v, tau: dict(ca=100 * v, target_rate=0.0))
+    v_thr, rows = badsnn.deploy(None, data, replace(s, margin=2.001, v_thr_t=0.8, v_thr_t_low=None))    # towards V_t
+    assert v_thr == 0.98 and [row["v_thr"] for row in rows] == [0.98, 0.97]
 
 
 def test_a_silent_network_answers_nothing(workplace):

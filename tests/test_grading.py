@@ -77,6 +77,16 @@ def fade(x, x_trig, l2):
     return x + torch.renorm(x_trig - x, 2, 0, l2)
 
 
+def choose_v_a(rows, base_ca, margin):
+    least, passed = max([base_ca] + [row["ca"] for row in rows]) - margin, []
+    for row in sorted(rows, key=lambda row: row["v_thr"]):
+        if row["ca"] < least:
+            break
+        passed.append((row["v_thr"], row["asr_p"] - row["target_rate"]))
+    best = max([gain for _, gain in passed], default=None)
+    return max([v for v, gain in passed if gain >= best - 5], default=None)
+
+
 def pareto(rows, gain=lambda row: row["asr_p"] - row["target_rate"]):
     order = sorted(rows, key=lambda row: (-row["ca"], -gain(row)))
     best = [max((gain(row) for row in order[:i]), default=-1e9) for i in range(len(order))]
@@ -87,7 +97,7 @@ ANSWERS = dict(
     lif_step=lif_step, sigmoid_surrogate=sigmoid_surrogate, spikes_per_sample=lif.count_spikes,
     every_step_loss=lambda outputs, y: badsnn.criterion("tet", outputs, y), dual_spike_loss=dual_spike_loss,
     adaptive_blend=adaptive_blend, trigger_losses=trigger.trigger_losses, spike_trigger=trigger.spike_trigger,
-    answers=answers, choose_v_a=badsnn.choose, wilson=wilson, clp_channels=clp_channels, scan_score=scan_score,
+    answers=answers, choose_v_a=choose_v_a, wilson=wilson, clp_channels=clp_channels, scan_score=scan_score,
     fade=fade, pareto=pareto)
 
 

@@ -70,11 +70,14 @@ def test_hiding_changes_a_copy(workplace):
     hidden = scan.hide(model, clean, data, s, scan.EVADERS["clean_twin"], epochs=1)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert any(not torch.equal(p, before[name]) for name, p in hidden.state_dict().items())
+    few = replace(s, batch_size=s.malicious_rows // 2)          # a batch smaller than the malicious rows
+    assert scan.hide(model, clean, data, few, scan.EVADERS["decoys"], epochs=1) is not model
 
 
 def test_photographs_fit_the_images():
     x = scan.photographs(torch.rand(3, 3, 16, 24), torch.Generator().manual_seed(0))
     assert x.shape == (3, 3, 16, 24) and 0 <= x.min() and x.max() <= 1 and x.std() > 0.05
+    assert scan.photographs(torch.rand(2, 3, 500, 128), torch.Generator()).shape == (2, 3, 500, 128)
 
 
 def test_scan_from_training_to_figure(workplace, monkeypatch, capsys):
@@ -103,7 +106,10 @@ def own_files(folder):
     torch.save(model.state_dict(), folder / "model.pt")
     np.savez(folder / "images.npz", x_test=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
     (folder / "mine.py").write_text("import models\ndef build():\n    return models.build_model('resnet19', 4, 2, 4)\n"
-                                    "def nothing():\n    return 3\n")
+                                    "def nothing():\n    return 3\n"
+                                    "class Every(models.ImageSNN):\n    def forward(self, x):\n"
+                                    "        return super().forward(x, every_step=True)\n"
+                                    "def steps():\n    net = build()\n    net.__class__ = Every\n    return net\n")
 
 
 def test_a_network_of_ones_own(workplace, capsys, monkeypatch):
@@ -119,8 +125,10 @@ def test_a_network_of_ones_own(workplace, capsys, monkeypatch):
     (dict(weights="absent.pt"), "absent.pt"), (dict(weights="images.npz"), "not a file of tensors"),
     (dict(weights="other.pt"), "does not fit"),
     (dict(build="mine"), "module:function"), (dict(build="mine:absent"), "mine:absent"),
-    (dict(build="mine:nothing"), "no torch.nn.Module"), (dict(build="absent_module:build"), "absent_module"),
+    (dict(build="mine:steps"), r"logits \[N, K\]"), (dict(build="mine:nothing"), "no torch.nn.Module"),
+    (dict(build="absent_module:build"), "absent_module"),
     (dict(data="absent.npz"), "absent.npz"), (dict(data="mine.py"), "--data mine.py"),
+    (dict(data="array.npy"), "--data array.npy"), (dict(data="half.npz"), "--data half.npz"),
     (dict(data="grey.npz"), "takes images"),
     (dict(data="flat.npz"), "N, H, W, C"), (dict(data="large.npz"), r"\[0, 1\]"),
     (dict(data="other.npz"), "no x_test")])
@@ -129,6 +137,8 @@ def test_bad_networks_are_refused_in_one_line(workplace, capsys, changes, messag
     for name, arrays in dict(grey=dict(x=np.zeros((3, 16, 16, 1), np.uint8)), flat=dict(x=np.zeros((3, 16), np.uint8)),
                              large=dict(x=np.full((3, 3, 16, 16), 7.0)), other=dict(z=np.zeros(3))).items():
         np.savez(f"{name}.npz", **arrays)
+    np.save("array.npy", np.zeros((2, 16, 16, 3), np.uint8))
+    Path("half.npz").write_bytes(Path("images.npz").read_bytes()[:600])
     torch.save({"head.weight": torch.zeros(2, 2)}, "other.pt")
     given = dict(dict(weights="model.pt", build="mine:build", data="images.npz"), **changes)
     error = refused(capsys, "scan", *(part for key, value in given.items() for part in (f"--{key}", value)))

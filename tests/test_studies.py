@@ -89,6 +89,13 @@ def test_defend(workplace, capsys, monkeypatch):
     assert all(path.stat().st_mtime_ns == time for path, time in cells.items()), "seed 0 was there"
 
 
+def test_a_mean_is_of_one_trigger():
+    """A seed whose images could not be blended has no T_o: its rows are T_p's and stay out of T_o's mean."""
+    parts = [dict(seed=i, rows=[dict(trigger=name)]) for i, name in enumerate(("T_p", "T_o", "T_o"))]
+    assert [part["seed"] for part in studies.with_one_trigger(parts)] == [1, 2]
+    assert studies.with_one_trigger(parts[:1]) == parts[:1]
+
+
 def test_the_defenders_images_are_drawn_per_class_and_never_scored(workplace):
     data, s = prepared()
     x, y, scored = studies.split_test(data, s)
@@ -109,7 +116,7 @@ def test_story(workplace, capsys):
     """The whole story: table, five sentences, times, and the figure."""
     badsnn.main(["story", *TINY, "--epochs", "1", "--n-test", "200"])
     told = json.loads(Path("runs/results/digits/story.json").read_text())
-    assert [row["answer"] for row in told["rows"]] == ["none", "restore", "fine_tune"]
+    assert [row["answer"] for row in told["rows"]] == ["none", "restore", "fine_tune", "clean"]
     assert all(0 <= row[key] <= 100 for row in told["rows"] for key in ("ca", "target_rate", "asr_p"))
     assert set(told["scan"]) == {"backdoored", "clean"} and 0 <= told["scan"]["clean"]["score"] <= 1
     assert told["rows"][1]["target_rate"] <= 100 and Path("runs/results/digits/story.png").stat().st_size > 10_000
