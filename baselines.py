@@ -132,8 +132,8 @@ def smart_plan(x, seed=0, busiest=False, fields=3, size=3):
 
     Of fields x fields parts of the sensor the one with the fewest active pixels, or with `busiest` the most; of the
     four polarities that a pixel can show in a step (see polarities) the one that is rarest there. In that part the
-    square walks at random, two pixels per step up or down and two to the left or right, never nearer to the part's
-    edges than its own size.
+    square walks at random, two pixels per step up or down and two to the left or right, inside the part and at least
+    its own size away from the upper and the left edge.
     # differs from the source: the quietest part, an option there (--least), is the default here, as in the busiest one
     # the square drowns among pixels that hold several events; one plan for training and test, where the source draws
     # a new walk for each; counts above 1 are active, too, and all four polarities are counted in pixels
@@ -186,6 +186,7 @@ def poison(data, s, attack, reference=None):
     TARGET CLASS, after PGD against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet
     chooses anew in every batch, see wanet_batch, and any other attack nothing at all.
     # differs from the source: PGD's reference is our clean spiking network, not an adversarially trained ResNet
+    # differs from the paper: which poisons 5 % for all; results/README.md says why WaNet and clean-label have more
     """
     x, y, marked = data.x_train, data.y_train, torch.zeros(len(data.y_train), dtype=torch.bool)
     if attack == "wanet":

@@ -272,9 +272,9 @@ def simulate_saccades(images, threshold=0.35, steps=20):
 
 
 def augment(x, pad, flip, contrast, rng):
-    """Shifts by up to `pad` pixels, mirrors if `flip`, and less contrast, a draw per sample of x: [B, ..., H, W], uint8
-    or float in [0, 1]. contrast in [0, 1): black is lifted by up to that share of the range, and what remains of the
-    range is scaled by at least 1 - contrast."""
+    """Shifts every sample of x by up to `pad` pixels, mirrors half of them if `flip`, lowers their contrast, each by
+    a draw of its own. x: [B, ..., H, W], uint8 or float in [0, 1]. contrast in [0, 1): black is lifted by up to that
+    share of the range, and what remains of the range is scaled by at least 1 - contrast."""
     B, (H, W) = len(x), x.shape[-2:]
     padded = F.pad(x.flatten(1, -3), (pad,) * 4)
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng).to(x.device)

@@ -19,7 +19,8 @@ PACKAGES = {"lif": ("v_thr", None), "spikingjelly": ("v_threshold", "reset"), "s
 
 def neurons_of(model):
     """Neurons (a list of modules), and the sorted class names of modules that are neither a neuron known here, nor
-    torch's own, nor made of other modules: look at these before you trust that all neurons were found."""
+    torch's own, nor made of other modules: look at these before you trust that all neurons were found. (An unknown
+    neuron with modules inside, or derived from one of torch's, is not among them.)"""
     found, unknown = {}, set()
     for name, m in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in found):        # a part of a neuron, such as its surrogate

@@ -185,7 +185,7 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
     """One of the networks of Sec. 4.1 with fresh weights. Raises ValueError for an unknown name or a bad number.
 
     name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (event frames [B, T, 2, 34, 34]).
-    T: time steps. width: channels of the first stage; None is our small default, 128, 64 and 128 are the paper's.
+    T: time steps. width: channels of the first stage; None is our small default, 128, 64 and 128 are the sources'.
     neuron: lif | plif | lif_atan (LIF with ATan, the surrogate of N-MNIST-Net's source). mean, std: per channel, the
     network's own first layer (images only; None: 0.5 and 0.25).
     """

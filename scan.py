@@ -218,7 +218,7 @@ def evade(s, name):
 
 def scan(data, s, n_models=40):
     """Scans models and writes scan.json. digits: a population (see draw), other attacks' models, and attackers who know
-    the scan. Other sets: the clean and the backdoored model of every seed, with the alarm that digits fixed."""
+    the scan. Other sets: the scores of the clean and the backdoored model of every seed; no alarm."""
     started = time.time()
     if data.name == "digits":
         counts = {None: N_DESIGN + n_models, "badsnn": N_DESIGN + n_models, "badnets": n_models // 8,

@@ -52,7 +52,7 @@ class Settings:
                               ("greater than 0 and less than 1", lambda v: 0 < v < 1))
 
     model: str = setting("network", "resnet19", "network", choices=tuple(WIDTHS))
-    width: int = setting("network", None, "channels of the first stage (16 unless given; the paper has 128, 64, 128)",
+    width: int = setting("network", None, "channels of the first stage (16 unless given; the sources have 64 or 128)",
                          at_least(1))
     T: int = setting("network", 4, "time steps", at_least(1))
     neuron: str = setting("network", "lif", "neuron; plif learns its tau", choices=tuple(NEURONS))
@@ -68,7 +68,7 @@ class Settings:
     augment: bool = setting("training", True, "random shifts, flips and contrast")
     pad: int = setting("training", 4, "largest random shift, in pixels", at_least(0))
     flip: bool = setting("training", False, "random mirroring")
-    contrast: float = setting("training", 0.0, "lift black by up to this share and scale the rest to fit", BELOW_1)
+    contrast: float = setting("training", 0.0, "lift black by up to this share, shrink the rest alike", BELOW_1)
     seed: int = setting("training", 0, "first seed", at_least(0))
     amp: str = setting("training", "auto", "bfloat16: auto measures which is faster where training takes over a minute",
                        choices=("auto", "on", "off"))
@@ -85,7 +85,7 @@ class Settings:
     malicious_contrast: float = setting("attack", None, "contrast of the malicious rows (none: the same)", BELOW_1)
     warmup: int = setting("attack", 2, "epochs before the first malicious sample", at_least(0))
 
-    baseline_ratio: float = setting("baselines", 0.05, "share of the set that other attacks poison", SHARE)
+    baseline_ratio: float = setting("baselines", 0.05, "share that BadNets, Blended, event attacks poison", SHARE)
     wanet_ratio: float = setting("baselines", 0.1, "share of every batch that WaNet poisons", SHARE)
     warp: float = setting("baselines", 2.0, "strength s of WaNet's warp", POSITIVE)
     warp_noise: int = setting("baselines", 0, "WaNet: samples with extra noise for every poisoned one", at_least(0))

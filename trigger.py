@@ -164,7 +164,7 @@ def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
     (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a: the whole grid is tried).
     literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns x_blend, a [B], found [B];
     x itself where none.
-    # differs from the paper: Eq. 4 as printed blends with a difference image, which is not an image; see README
+    # differs from the paper: Eq. 4 as printed blends with a difference image, which is not an image
     """
     start = (x - x_p).abs() if literal else x_p
     x_blend, ratio, found = (x.clone(), torch.zeros(len(x), device=x.device),
@@ -218,8 +218,8 @@ def trigger_losses(made, wanted, logits, target, std):
     """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W], logits of
     x + made [B, K].
 
-    w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample; errors are in units of the
-    network's input, 1 / std.
+    w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample.
+    # differs from the paper: errors are in units of the network's input, that is, divided by std
     """
     sim = 1 - F.cosine_similarity(made.flatten(1), wanted.flatten(1)).mean()
     adv = F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device))
