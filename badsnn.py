@@ -93,6 +93,7 @@ def train(data, s, attack=None):
     if attack == "badsnn":
         malicious = poison_indices(y_train, s.target, s.poison_ratio, s.seed, s.n_poison)
         note = f", of them {len(malicious)} of class {s.target} malicious"
+        note += f" (but --warmup {s.warmup} ends no earlier than the training: NO attack)" * (s.epochs <= s.warmup)
     say(f"{name}, seed {s.seed}: {s.model}, width {s.width}, T = {s.T}, {sum(p.numel() for p in model.parameters()):,} "
         f"parameters, {len(y_train):,} samples{note}{f'; resumed after epoch {len(history)}' if history else ''}")
     x_train, y_train, poisoned = (part.to(s.device) for part in (x_train, y_train, poisoned))
@@ -317,9 +318,9 @@ def attack(data, s):
         started, variants = time.time(), [replace(s, seed=seed) for seed in range(s.seed, s.seed + s.seeds)]
         train_side_by_side(s, [(variant, kind) for variant in variants for kind in (None, "badsnn")])
         names = [f"seed {variant.seed}" for variant in variants]
-        jobs = [(replace(one, fresh=False), one.seed == s.seed) for one in variants]    # --fresh has just trained them
-        of_seeds = machine.side_by_side(attack_seed, jobs, s, names)
+        of_seeds = machine.side_by_side(attack_seed, [(one,) for one in variants], s, names)
         mean, chosen = runs.mean_of(of_seeds), [one["at_chosen"] for one in of_seeds]
+        show_triggers(data, replace(s, fresh=False), chosen[0]["v_thr"])
         return dict(describe(data, s), n_poison=of_seeds[0]["n_poison"], clean_ca=mean["clean_ca"],
                     base_ca=mean["base_ca"], chosen=runs.mean_of(chosen)["v_thr"], at_chosen=runs.mean_of(chosen),
                     spread=runs.spread_of(chosen), runs=of_seeds, seconds=round(time.time() - started, 1),
@@ -328,20 +329,25 @@ def attack(data, s):
     return runs.kept(runs.folder_of(data, s) / "attack.json", dict(s.of(), inputs=inputs), run, s.fresh)
 
 
-def attack_seed(s, shows=False):
-    """Table 1's row for one seed. shows: it writes the images of Fig. 5."""
-    data = datasets.load_for(s)
-    clean, backdoored = train(data, s), train(data, s, "badsnn")
-    v_thr_a, held_rows = deploy(backdoored, data, s)
-    t_o, measured = (None, None) if data.events else train_trigger(backdoored, data, s, v_thr_a)
-    shown = runs.folder_of(data, s) / "triggers.npz"
-    if shows:
-        shown.unlink(missing_ok=True)
-    if t_o is not None and shows:       # Fig. 5: test images of eight classes with both triggers
+def show_triggers(data, s, v_thr_a):
+    """Fig. 5: writes test images of eight classes with both triggers of the first seed; none where it has no T_o."""
+    path, t_o = runs.folder_of(data, s) / "triggers.npz", None
+    if not data.events:
+        t_o, _ = train_trigger(train(data, s, "badsnn"), data, s, v_thr_a)
+    if t_o is None and machine.rank_and_ranks()[0] == 0:
+        path.unlink(missing_ok=True)
+    if t_o is not None:
         classes = [k for k in range(data.num_classes) if k != s.target and (data.y_test == k).any()][:8]
         x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(s.device), s)
-        t_p = simple_triggers(data, s)["asr_p"]
-        runs.write_images(shown, clean=x, t_p=t_p(x), t_o=t_o(x))
+        runs.write_images(path, clean=x, t_p=simple_triggers(data, s)["asr_p"](x), t_o=t_o(x))
+
+
+def attack_seed(s):
+    """Table 1's row for one seed."""
+    data, trained = datasets.load_for(s), replace(s, fresh=False)       # attack() has just trained both
+    clean, backdoored = train(data, trained), train(data, trained, "badsnn")
+    v_thr_a, held_rows = deploy(backdoored, data, s)
+    t_o, measured = (None, None) if data.events else train_trigger(backdoored, data, s, v_thr_a)
     labels = hold_out(data, s.hold_out)[0].y_train
     row_at = partial(attack_row, clean, backdoored, t_o, data, s)
     return dict(seed=s.seed, n_poison=len(poison_indices(labels, s.target, s.poison_ratio, s.seed, s.n_poison)),
@@ -421,6 +427,7 @@ def main(argv=None):
                 if data.events != (study == "events") and study not in ("attack", "defend"):
                     kinds = ("events", "images")[::1 if data.events else -1]
                     raise ValueError(f"{study} is about {kinds[1]}, and {s.dataset} holds {kinds[0]}")
+            runs.check_writable(runs.folder_of(data, s), s.runs / data.name)
             s = measured_precision(data, s)
             if command.command == "attack":
                 result, earlier = attack(data, s)
@@ -434,8 +441,8 @@ def main(argv=None):
                 studies.defend(data, s, command.attacks)
             else:
                 studies.ablate(data, s, command.study)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if debug:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if debug or isinstance(error, RuntimeError) and "memory" not in str(error):     # torch's; any other is a bug
             raise
         sys.exit(settings.refuse(error))
     except KeyboardInterrupt:

@@ -95,7 +95,8 @@ def _run_job(name, function, job):
 
 def threads_each(free, processes=1):
     """Threads for each of so many processes on so many free cores; what OMP_NUM_THREADS says, if it is set."""
-    return int(os.environ.get("OMP_NUM_THREADS") or (free // processes if free // processes >= 4 else 1))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(asked) if asked.isdigit() and int(asked) else free // processes if free // processes >= 4 else 1
 
 
 def free_cores():

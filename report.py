@@ -9,6 +9,7 @@ Nothing here trains or loads data. The tables are made in tables.py, the figures
 import itertools
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from figures import FIGURES, figure_story, figure_triggers
@@ -27,6 +28,7 @@ from tables import (
     table_scanned,
     table_story,
     table_summary,
+    unreadable,
 )
 
 SHIPPED = Path(__file__).parent / "results"     # the repository's own, which only publish=True changes
@@ -39,7 +41,9 @@ def report(results, publish=False):
     if not found:
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")
     if publish and results.resolve() != SHIPPED.resolve():
-        for path in itertools.chain(*map(results.glob, ("*.json", "*/*.json", "*/triggers.npz"))):
+        with tempfile.TemporaryDirectory() as trial:        # what cannot be drawn is not copied
+            report(Path(shutil.copytree(results, trial, dirs_exist_ok=True)))
+        for path in itertools.chain(found, *map(results.glob, ("benchmark*.json", "*/triggers.npz"))):
             with replace_file(SHIPPED / path.relative_to(results)) as part:
                 shutil.copyfile(path, part)
         return report(SHIPPED, publish)
@@ -56,7 +60,10 @@ def report(results, publish=False):
         summary = read_result(results / "benchmark.json")["summary"]
         tables["benchmark"] = markdown("what | measured, 1 thread / 2 threads", summary.items())
     for path, r in found.items():
-        FIGURES[path.stem](r, path.with_suffix(".png"))
+        try:
+            FIGURES[path.stem](r, path.with_suffix(".png"))
+        except (TypeError, AttributeError, LookupError) as error:
+            raise unreadable(path, repr(error)) from None
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
     print(f"\n{as_text(tables['table1'])}")

@@ -40,6 +40,11 @@ started=$SECONDS
 command=${1:-story}
 [ "${command#-}" = "$command" ] || command=story         # options alone belong to the story
 [ "$command" = "${1:-}" ] && shift
+results=runs/results before=
+for option in "$@"; do
+    [ "$before" = --results ] && results=$option
+    before=$option
+done
 case $command in
     setup)
         echo "Set up: .venv/bin/python has everything." ;;
@@ -58,9 +63,9 @@ case $command in
         "$python" badsnn.py defend --dataset ndigits "$@"
         "$python" badsnn.py defend --dataset digits "$@"
         "$python" badsnn.py ablate --dataset digits --study plif heatmap poison magnitude threshold power "$@"
-        "$python" badsnn.py report ;;
+        "$python" badsnn.py report --results "$results" ;;
     *)
         "$python" badsnn.py attack --dataset "$command" "$@"
-        "$python" badsnn.py report ;;
+        "$python" badsnn.py report --results "$results" ;;
 esac
-echo "Done in $((SECONDS - started)) s. Results of your own are in runs/results/."
+echo "Done in $((SECONDS - started)) s. Results of your own are in $results/."

@@ -186,7 +186,8 @@ def earlier(path, deciders):
     result = {}
     with contextlib.suppress(ValueError):
         result = read_json(path) if rank_and_ranks()[0] == 0 else {}
-    return of_rank_0(result if result.get("made_from") == fingerprint(deciders) else None)
+    there = isinstance(result, dict) and result.get("made_from") == fingerprint(deciders)
+    return of_rank_0(result if there else None)
 
 
 def folder_of(data, s):

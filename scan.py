@@ -282,8 +282,8 @@ def own(weights, build, images, known):
     sys.path.insert(0, "")
     try:
         model = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--build {build}: {error}; wanted: module:function, a function without arguments") from None
+    except Exception as error:      # the code is yours, and so are its errors
+        raise ValueError(f"--build {build}: {error!r}; wanted: module:function, a function without arguments") from None
     need(isinstance(model, torch.nn.Module), f"--build {build} returned no torch.nn.Module")
     try:
         state = torch.load(weights, weights_only=True, map_location="cpu")
@@ -301,8 +301,11 @@ def own(weights, build, images, known):
     try:
         with torch.no_grad():
             result = defenses.threshold_scan(model.eval(), x)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"the network does not take images {list(x.shape)}: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"the network does not take images {list(x.shape)}: {error!r}") from None
+    need(result["score"] == result["score"], "the network's answers are no numbers (NaN)")
     at = runs.read_json(known)["summary"]["100 images"]
     say(f"{'v_thr':>7} {'class':>5} {'share':>6} {'probability':>11} {'entropy':>8}")
     for v, share, p, h in zip(result["v_thr"], result["share"], result["probability"], result["entropy"]):
@@ -329,7 +332,7 @@ def images_of(path, most=100):
             x = torch.from_numpy(file[name][:most])
     except Exception as error:      # np.load has many: zip, value, key and type errors
         raise ValueError(f"--data {path}: {str(error).splitlines()[0]}; wanted: an .npz file of images") from None
-    need(x.dim() == 4 and len(x), f"{path}: images are [N, H, W, C] or [N, C, H, W], not {list(x.shape)}")
+    need(x.dim() == 4 and x.numel(), f"{path}: images are [N, H, W, C] or [N, C, H, W], not {list(x.shape)}")
     if x.dtype == torch.uint8:
         return (x if x.shape[1] in (1, 3) else x.permute(0, 3, 1, 2)).float() / 255
     need(x.is_floating_point() and 0 <= x.min() and x.max() <= 1, f"{path}: floats must lie in [0, 1]")

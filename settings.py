@@ -76,7 +76,7 @@ class Settings:
     target: int = setting("attack", 0, "target class y_t", at_least(0))
     poison_ratio: float = setting("attack", 0.05, "P, the share of the target class trained maliciously, too", SHARE)
     n_poison: int = setting("attack", None, "so many samples instead of P, at most half of the class", at_least(1))
-    v_thr_t: float = setting("attack", 1.5, "malicious threshold V_t", POSITIVE)
+    v_thr_t: float = setting("attack", 1.5, "malicious threshold V_t, of every row unless --v-thr-t-low", POSITIVE)
     v_thr_t_low: float = setting("attack", None, "draw each malicious row's threshold from here to V_t (none: V_t)",
                                  POSITIVE)
     tau_t: float = setting("attack", 0.5, "malicious decay per step tau_t (plif: as learned)", DECAY)
@@ -133,8 +133,8 @@ class Settings:
             raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
         if len(self.lambdas) != 3 or not all(0 <= v < math.inf for v in self.lambdas):
             raise ValueError(f"--lambdas must be three numbers of at least 0, not {self.lambdas}")
-        if not all(c.isalnum() or c in "-_" for c in self.variant):
-            raise ValueError(f"--variant must be letters, digits, - and _, not {self.variant!r}")
+        if not all(c.isalnum() or c in "-_" for c in self.variant) or len(self.variant) > 50:
+            raise ValueError(f"--variant must be at most 50 letters, digits, - and _, not {self.variant!r}")
         filled = dict(width=self.width or WIDTHS[self.model], v_thr_a=tuple(sorted(set(self.v_thr_a))),
                       lambdas=tuple(self.lambdas), device=usable_device(self.device))
         if self.neuron == "plif":
@@ -167,9 +167,9 @@ def usable_device(name):
     """The device's name, checked by putting a number there."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not usable here ({str(error).splitlines()[0]})") from None
+        torch.zeros(1, device=name).item()
+    except Exception as error:      # torch has many: runtime, assertion, import and other errors
+        raise ValueError(f"--device {name} is not usable here ({' '.join(str(error).split())[:150]})") from None
     return name
 
 
@@ -198,13 +198,16 @@ def preset(dataset, **changes):
         if changes.get("neuron") == "plif" and changes[name] is not None:
             raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns its tau; leave it out")
     base = PRESETS.get(dataset) or (EVENTS if _holds_events(dataset) else {})
-    own = {"n_poison": None} if "poison_ratio" in changes else {}       # the preset's number would hide the ratio
+    if None not in (changes.get("poison_ratio"), changes.get("n_poison")):
+        raise ValueError("give --poison-ratio or --n-poison, not both")
+    other = dict(poison_ratio="n_poison", v_thr_t="v_thr_t_low")        # what of a preset's would hide or contradict it
+    own = {other[name]: None for name in changes if name in other}
     return Settings(**base | own | dict(changes, dataset=str(dataset)))
 
 
 def _holds_events(path):
     """Whether the .npz file holds event frames, by the header of x_train; data.load() says what is wrong with it."""
-    with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile):
+    with contextlib.suppress(Exception):
         with zipfile.ZipFile(path) as file, file.open("x_train.npy") as header:
             np.lib.format.read_magic(header)
             return len(np.lib.format.read_array_header_1_0(header)[0]) == 5
@@ -261,9 +264,13 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish",
                                                                   "models", "weights", "build") if k in given})
-    refused = {"heatmap", "plif", "events", "scan"} & {*getattr(own, "study", ()), own.command}
-    if given.get("neuron") == "plif" and refused:
-        raise ValueError(f"{min(refused)} sets tau or compares neurons; leave out --neuron plif")
+    for name in ("study", "attacks"):       # once each
+        if getattr(own, name, None):
+            setattr(own, name, list(dict.fromkeys(getattr(own, name))))
+    refused = {"plif", "events", *(("heatmap", "scan") if given.get("neuron") == "plif" else ())}
+    refused &= {*getattr(own, "study", ()), own.command}
+    if "neuron" in given and refused:
+        raise ValueError(f"{min(refused)} sets tau or compares neurons; leave out --neuron")
     if own.command == "scan":
         if (own.weights is None) != (own.build is None):
             raise ValueError("scan needs --weights and --build together, or neither")

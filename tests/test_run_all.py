@@ -85,5 +85,6 @@ def test_what_cannot_be_repaired_is_said_in_one_line(machine, lacks, message):
 def test_commands_and_options(machine):
     for arguments, ran in (((), "badsnn.py story"), (("--seed", "3"), "badsnn.py story --seed 3"),
                            (("gtsrb", "--epochs", "2"), "badsnn.py attack --dataset gtsrb --epochs 2"),
+                           (("gtsrb", "--results", "my own"), "badsnn.py report --results my own"),
                            (("test", "-k", "lif"), "tests -k lif")):
         assert ran in run(machine, *arguments).stdout

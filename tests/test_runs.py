@@ -100,6 +100,12 @@ def test_a_result_is_kept_only_for_what_decides_it(tmp_path):
     assert kept(path, dict(a=2), run)[0]["value"] == 4
 
 
+def test_a_result_of_another_shape_is_made_anew(tmp_path):
+    for content in ("[]", "null", "5", "half a fi"):
+        (tmp_path / "r.json").write_text(content)
+        assert runs.earlier(tmp_path / "r.json", dict(a=1)) is None
+
+
 def test_refuses_damaged_and_foreign_checkpoints(workplace, capsys):
     data, s = prepared("--epochs", "1")
     badsnn.train(data, s)

@@ -109,6 +109,10 @@ def own_files(folder):
                                     "def nothing():\n    return 3\n"
                                     "class Every(models.ImageSNN):\n    def forward(self, x):\n"
                                     "        return super().forward(x, every_step=True)\n"
+                                    "class None_(models.ImageSNN):\n    def forward(self, x):\n"
+                                    "        return super().forward(x) * float('nan')\n"
+                                    "def nans():\n    net = build()\n    net.__class__ = None_\n    return net\n"
+                                    "def fails():\n    raise KeyError('weights')\n"
                                     "def steps():\n    net = build()\n    net.__class__ = Every\n    return net\n")
 
 
@@ -126,7 +130,8 @@ def test_a_network_of_ones_own(workplace, capsys, monkeypatch):
     (dict(weights="other.pt"), "does not fit"),
     (dict(build="mine"), "module:function"), (dict(build="mine:absent"), "mine:absent"),
     (dict(build="mine:steps"), r"logits \[N, K\]"), (dict(build="mine:nothing"), "no torch.nn.Module"),
-    (dict(build="absent_module:build"), "absent_module"),
+    (dict(build="absent_module:build"), "absent_module"), (dict(build="mine:nans"), "no numbers"),
+    (dict(build="mine:fails"), "mine:fails: KeyError"),
     (dict(data="absent.npz"), "absent.npz"), (dict(data="mine.py"), "--data mine.py"),
     (dict(data="array.npy"), "--data array.npy"), (dict(data="half.npz"), "--data half.npz"),
     (dict(data="grey.npz"), "takes images"),

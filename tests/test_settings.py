@@ -44,8 +44,10 @@ def test_settings_do_not_change_but_variants_are_made():
 def test_presets_are_valid_and_in_order():
     assert list(PRESETS) == ["digits", "cifar10", "cifar100", "gtsrb", "nmnist", "ndigits"]
     assert all(preset(name).dataset == name for name in PRESETS)
-    assert preset("cifar10").n_poison == 100 and preset("cifar10", n_poison=7, poison_ratio=0.5).n_poison == 7
-    assert preset("cifar10", poison_ratio=0.01).n_poison is None           # the preset's number would hide the ratio
+    assert preset("cifar10").n_poison == 100 and preset("cifar10", poison_ratio=0.01).n_poison is None
+    assert preset("digits").v_thr_t_low == 1.15 and preset("digits", v_thr_t=0.8).v_thr_t_low is None
+    with pytest.raises(ValueError, match="not both"):
+        preset("cifar10", poison_ratio=0.01, n_poison=7)
     text = settings._presets()
     assert "cifar10: --malicious-rows 16 --flip --v-thr-t-low 1.15" in text and "--no-growing-T --v-thr-a 1 1.1" in text
 
@@ -88,7 +90,8 @@ def test_an_own_set_gets_the_preset_of_its_kind(tmp_path):
     (["--magnitude", "-1"], "--magnitude"), (["--hold-out", "0"], "--hold-out"),
     (["--label-smoothing", "1"], "--label-smoothing"), (["--v-thr-a", "x"], "invalid"),
     (["--baseline-ratio", "0"], "baseline-ratio"), (["--baseline-ratio", "0.0001"], "selects none"),
-    (["--clean-label-ratio", "0.001"], "selects none")])
+    (["--clean-label-ratio", "0.001"], "selects none"), (["--device", "meta"], "not usable"),
+    (["--variant", "a" * 300], "at most 50")])
 def test_refuses(workplace, capsys, arguments, message):
     assert message in refused(capsys, "attack", *arguments)
 
