@@ -12,7 +12,7 @@ from common import ROOT
 import tables
 
 POISONING = "static", "moving", "flashy", "smart"    # the attacks on events, the smart square last
-SPIKES = "cifar10", "cifar100_32rows", "gtsrb"       # the sets of Fig. 2
+SPIKES = "cifar10", "cifar100", "gtsrb"       # the sets of Fig. 2
 README, RESULTS = "README.md", "results/README.md"
 
 
