@@ -19,7 +19,6 @@ target_rate: the same share without any trigger. Both leave out samples whose tr
 nothing without the CA and the target_rate of the same setting. Base CA: CA at S_n. Clean CA: of a clean model.
 """
 import itertools
-import math
 import sys
 import time
 from dataclasses import replace
@@ -301,8 +300,8 @@ def deploy(model, data, s, grid=None):
     """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen from. grid: going
     away from V_THR_N, towards V_t; where none of it keeps CA within the margin, its first."""
     held, t = hold_out(data, s.hold_out)[1], simple_triggers(data, s)["asr_p"]
-    step = (0.02 if data.events else 0.01) * (-1 if s.v_thr_t < V_THR_N else 1)
-    grid = grid or [round(V_THR_N + math.copysign(0.02, step) + i * step, 2) for i in range(29)]
+    step, side = 0.02 if data.events else 0.01, -1 if s.v_thr_t < V_THR_N else 1
+    grid = grid or [round(V_THR_N + side * (0.02 + i * step), 2) for i in range(29)]
     base_ca, rows = evaluate(model, held, s, V_THR_N, TAU_N)["ca"], []
     for v in grid:      # as far as CA is within the margin: nothing further away can be chosen
         rows.append(dict(v_thr=v, **evaluate(model, held, s, v, s.tau_a), asr_p=asr(model, held, s, v, s.tau_a, t)))
@@ -331,15 +330,14 @@ def attack(data, s):
 
 def show_triggers(data, s, v_thr_a):
     """Fig. 5: writes test images of eight classes with both triggers of the first seed; none where it has no T_o."""
-    path, t_o = runs.folder_of(data, s) / "triggers.npz", None
-    if not data.events:
-        t_o, _ = train_trigger(train(data, s, "badsnn"), data, s, v_thr_a)
-    if t_o is None and machine.rank_and_ranks()[0] == 0:
-        path.unlink(missing_ok=True)
+    path = runs.folder_of(data, s) / "triggers.npz"
+    t_o = None if data.events else train_trigger(train(data, s, "badsnn"), data, s, v_thr_a)[0]
     if t_o is not None:
         classes = [k for k in range(data.num_classes) if k != s.target and (data.y_test == k).any()][:8]
         x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(s.device), s)
         runs.write_images(path, clean=x, t_p=simple_triggers(data, s)["asr_p"](x), t_o=t_o(x))
+    elif machine.rank_and_ranks()[0] == 0:
+        path.unlink(missing_ok=True)        # an earlier run's
 
 
 def attack_seed(s):

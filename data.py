@@ -63,9 +63,8 @@ def load_for(s):
         data = replace(data, **{f"x_{part}": x[keep], f"y_{part}": y[keep]})
     train_data, held = hold_out(data, s.hold_out)
     poison_indices(train_data.y_train, s.target, s.poison_ratio, s.seed, s.n_poison)     # raises if that is no sample
-    of_class = (train_data.y_train == s.target).sum().item()
     for name, ratio, n in (("baseline", s.baseline_ratio, len(train_data.y_train)),
-                           ("clean-label", s.clean_label_ratio, of_class)):
+                           ("clean-label", s.clean_label_ratio, (train_data.y_train == s.target).sum().item())):
         need(round(ratio * n), f"--{name}-ratio {ratio} selects none of the {n} samples")
     need(all((y != s.target).any() for y in (data.y_test, held.y_test)), f"{s.dataset}: every test sample, or each "
          f"one held out of training, is of the target class {s.target}, and an ASR counts the others; raise --n-test, "

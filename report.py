@@ -42,7 +42,8 @@ def report(results, publish=False):
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")
     if publish and results.resolve() != SHIPPED.resolve():
         with tempfile.TemporaryDirectory() as trial:        # what cannot be drawn is not copied
-            report(Path(shutil.copytree(results, trial, dirs_exist_ok=True)))
+            for path, r in found.items():
+                draw(path, r, Path(trial) / "figure.png")
         for path in itertools.chain(found, *map(results.glob, ("benchmark*.json", "*/triggers.npz"))):
             with replace_file(SHIPPED / path.relative_to(results)) as part:
                 shutil.copyfile(path, part)
@@ -60,10 +61,7 @@ def report(results, publish=False):
         summary = read_result(results / "benchmark.json")["summary"]
         tables["benchmark"] = markdown("what | measured, 1 thread / 2 threads", summary.items())
     for path, r in found.items():
-        try:
-            FIGURES[path.stem](r, path.with_suffix(".png"))
-        except (TypeError, AttributeError, LookupError) as error:
-            raise unreadable(path, repr(error)) from None
+        draw(path, r, path.with_suffix(".png"))
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
     print(f"\n{as_text(tables['table1'])}")
@@ -72,6 +70,14 @@ def report(results, publish=False):
             write_text(page, re.sub(r"(?s)(<!-- (\w+) -->).*?(<!-- /\2 -->)", lambda m: (
                 f"{m[1]}\n{tables[m[2]]}\n{m[3]}" if m[2] in tables else m[0]), page.read_text(encoding="utf-8")))
             print(f"written: {page}")
+
+
+def draw(path, r, figure):
+    """The figure of the result r in path. Raises ValueError that names path where r is of another shape."""
+    try:
+        FIGURES[path.stem](r, figure)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise unreadable(path, repr(error)) from None
 
 
 def print_attack(r):

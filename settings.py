@@ -264,9 +264,8 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     own = argparse.Namespace(**{k: given.pop(k) for k in ("command", "attacks", "study", "publish",
                                                                   "models", "weights", "build") if k in given})
-    for name in ("study", "attacks"):       # once each
-        if getattr(own, name, None):
-            setattr(own, name, list(dict.fromkeys(getattr(own, name))))
+    # every study and attack once
+    vars(own).update({k: list(dict.fromkeys(v)) for k, v in vars(own).items() if isinstance(v, list)})
     refused = {"plif", "events", *(("heatmap", "scan") if given.get("neuron") == "plif" else ())}
     refused &= {*getattr(own, "study", ()), own.command}
     if "neuron" in given and refused:
