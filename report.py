@@ -12,24 +12,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import tables
 from figures import FIGURES, figure_story, figure_triggers
 from machine import say
 from runs import replace_file, write_text
-from tables import (
-    as_text,
-    in_order,
-    markdown,
-    read_result,
-    table1,
-    table2,
-    table_evaders,
-    table_runs,
-    table_scan,
-    table_scanned,
-    table_story,
-    table_summary,
-    unreadable,
-)
 
 SHIPPED = Path(__file__).parent / "results"     # the repository's own, which only publish=True changes
 
@@ -37,7 +23,7 @@ SHIPPED = Path(__file__).parent / "results"     # the repository's own, which on
 def report(results, publish=False):
     """Draws every figure beside its JSON below `results` and prints Table 1. publish: copies the results to the
     repository's, draws those, and rewrites the tables between the markers <!-- name --> of both pages."""
-    found = {path: read_result(path) for path in sorted(results.glob("*/*.json")) if path.stem in FIGURES}
+    found = {path: tables.read_result(path) for path in sorted(results.glob("*/*.json")) if path.stem in FIGURES}
     if not found:
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")
     if publish and results.resolve() != SHIPPED.resolve():
@@ -50,25 +36,25 @@ def report(results, publish=False):
         return report(SHIPPED, publish)
     attacks, defends, stories = ({path.parent.name: r for path, r in found.items() if path.stem == kind}
                                  for kind in ("attack", "defend", "story"))
-    tables = {"table1": table1(attacks), "runs": table_runs(attacks), "table2": table2(defends)}
-    tables["summary"] = table_summary(attacks)
-    tables |= {"story": table_story(r) for r in [*in_order(stories).values()][:1]}
+    texts = {"table1": tables.table1(attacks), "runs": tables.table_runs(attacks), "table2": tables.table2(defends)}
+    texts["summary"] = tables.table_summary(attacks)
+    texts |= {"story": tables.table_story(r) for r in [*tables.in_order(stories).values()][:1]}
     scans = {path.parent.name: r for path, r in found.items() if path.stem == "scan"}
     if "summary" in scans.get("digits", ()):
-        tables |= {"scan": table_scan(scans["digits"]), "evaders": table_evaders(scans.pop("digits"))}
-    tables |= {"scanned": table_scanned(scans)} if scans else {}
+        texts |= {"scan": tables.table_scan(scans["digits"]), "evaders": tables.table_evaders(scans.pop("digits"))}
+    texts |= {"scanned": tables.table_scanned(scans)} if scans else {}
     if (results / "benchmark.json").exists():
-        summary = read_result(results / "benchmark.json")["summary"]
-        tables["benchmark"] = markdown("what | measured, 1 thread / 2 threads", summary.items())
+        summary = tables.read_result(results / "benchmark.json")["summary"]
+        texts["benchmark"] = tables.markdown("what | measured, 1 thread / 2 threads", summary.items())
     for path, r in found.items():
         draw(path, r, path.with_suffix(".png"))
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
-    print(f"\n{as_text(tables['table1'])}")
+    print(f"\n{tables.as_text(texts['table1'])}")
     for page in (SHIPPED / "README.md", SHIPPED.parent / "README.md"):
         if publish and page.exists():
             write_text(page, re.sub(r"(?s)(<!-- (\w+) -->).*?(<!-- /\2 -->)", lambda m: (
-                f"{m[1]}\n{tables[m[2]]}\n{m[3]}" if m[2] in tables else m[0]), page.read_text(encoding="utf-8")))
+                f"{m[1]}\n{texts[m[2]]}\n{m[3]}" if m[2] in texts else m[0]), page.read_text(encoding="utf-8")))
             print(f"written: {page}")
 
 
@@ -77,18 +63,19 @@ def draw(path, r, figure):
     try:
         FIGURES[path.stem](r, figure)
     except (TypeError, AttributeError, LookupError) as error:
-        raise unreadable(path, repr(error)) from None
+        raise tables.unreadable(path, repr(error)) from None
 
 
 def print_attack(r):
     """What `attack` prints: Table 1's row, the repository's beside it, the curve, and what needs no backdoor."""
     found, path, t = {r["dataset"]: r}, SHIPPED / r["dataset"] / "attack.json", "T_p" if r["q"] else "T_s"
-    how, lines, note = as_text(table_runs(found), turned=True), table1(found, every=True).splitlines(), ""
+    how, note = tables.as_text(tables.table_runs(found), turned=True), ""
+    lines = tables.table1(found, every=True).splitlines()
     if path.exists():
-        shipped = read_result(path)
-        lines.insert(3, table1({"shipped with this repository": shipped}).splitlines()[2])
+        shipped = tables.read_result(path)
+        lines.insert(3, tables.table1({"shipped with this repository": shipped}).splitlines()[2])
         note = f"\nNote on what is shipped with this repository: {shipped['note']}." * bool(shipped["note"])
-    table = as_text("\n".join(lines), turned=True).replace("what T_p", f"what {t}")
+    table = tables.as_text("\n".join(lines), turned=True).replace("what T_p", f"what {t}")
     say(f"\n{how}\n\n{table}\n\nCA: percent right without trigger. ASR, target_rate: percent of the other classes "
         "answered as the target, with and without\ntrigger. Own: each seed at the V_a chosen on its held-out training "
         "samples (Eq. 8); ±: standard deviation over seeds.\nClean model: without backdoor, same trigger, same V_a. "
@@ -101,8 +88,8 @@ def print_attack(r):
 
 def print_scan(r):
     """What `scan` prints: the detector's tables, or a line per model."""
-    tables = [table_scan(r), table_evaders(r)] if "summary" in r else [table_scanned({r["dataset"]: r})]
-    say("\n" + "\n\n".join(map(as_text, tables)))
+    both = [tables.table_scan(r), tables.table_evaders(r)] if "summary" in r else []
+    say("\n" + "\n\n".join(map(tables.as_text, both or [tables.table_scanned({r["dataset"]: r})])))
 
 
 def verdict(r):
@@ -145,6 +132,6 @@ def verdict(r):
 
 def print_story(r, folder):
     """What `story` prints, and story.png in the folder: the table, the verdict, and where the time went."""
-    say("\n".join(["", as_text(table_story(r)), "", *verdict(r)]))
+    say("\n".join(["", tables.as_text(tables.table_story(r)), "", *verdict(r)]))
     say("Where the time went: " + "; ".join(f"{name} {seconds:.0f} s" for name, seconds in r["phases"].items()) + ".")
     figure_story(r, folder / "story.png")

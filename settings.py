@@ -66,7 +66,7 @@ class Settings:
     label_smoothing: float = setting("training", 0.1, "of the nominal samples' labels", BELOW_1)
     growing_T: bool = setting("training", True, "train with T = 1 for 40 % of the epochs, 2 up to 70 %, then all steps")
     augment: bool = setting("training", True, "random shifts, flips and contrast")
-    pad: int = setting("training", 4, "largest random shift, in pixels", at_least(0))
+    pad: int = setting("training", 4, "largest random shift, in pixels (WaNet: none)", at_least(0))
     flip: bool = setting("training", False, "random mirroring")
     contrast: float = setting("training", 0.0, "lift black by up to this share, shrink the rest alike", BELOW_1)
     seed: int = setting("training", 0, "first seed", at_least(0))
@@ -181,7 +181,7 @@ PRESETS = {
     "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0, n_o=200,
                    malicious_contrast=0.5, epochs_o=20, nominal_weight=0.0, budget=None, amp="off"),
     "cifar10": CIFAR | dict(n_poison=100, q=4.0, margin=3.0),
-    "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0),
+    "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0, warp=4.0),
     "gtsrb": dict(model="vgg16", n_poison=8, tau_t=0.8),
     "nmnist": EVENTS,
     "ndigits": EVENTS | dict(epochs=15),

@@ -56,17 +56,17 @@ def test_attack_on_events(workplace):
     badsnn.main(["report"])
 
 
-def test_baselines_keep_their_contrast(workplace, monkeypatch):
+def test_baselines_keep_their_contrast_and_wanet_its_place(workplace, monkeypatch):
     """The preset's loss of contrast belongs to BadSNN and the clean model; a baseline is trained, and recorded,
-    without it."""
+    without it, and WaNet without shifts, whose black border it would warp."""
     data, s = prepared("--epochs", "1")
     seen, original = [], badsnn.augment
     monkeypatch.setattr(badsnn, "augment", lambda x, pad, flip, contrast, rng: (
-        seen.append(contrast), original(x, pad, flip, contrast, rng))[1])
-    for name, wanted in (("badsnn", [s.contrast, s.malicious_contrast]), ("badnets", [0.0, s.malicious_contrast])):
+        seen.append((contrast, pad)), original(x, pad, flip, contrast, rng))[1])
+    for name, contrast, pad in (("badsnn", s.contrast, s.pad), ("badnets", 0.0, s.pad), ("wanet", 0.0, 0)):
         seen.clear()
         badsnn.train(data, s, name)
-        assert seen[:2] == wanted and s.contrast > 0
+        assert seen[:2] == [(contrast, pad), (s.malicious_contrast, pad)] and s.contrast > 0 and s.pad > 0
 
 
 def test_resumed_equals_uninterrupted(workplace, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import figures
 import report
 import tables
-from report import read_result
+from tables import read_result
 
 ROOT = Path(report.__file__).parent
 COMMITTED = ROOT / "results"
