@@ -12,8 +12,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 from data import to_float, to_uint8
+from machine import autocast
 from models import frozen
 from runs import fingerprint, generator
 
@@ -200,8 +202,10 @@ def poison(data, s, attack, reference=None):
     marked[chosen] = True
     if attack == "clean_label":
         x, images = x.clone(), to_float(x[chosen].to(s.device), s)
-        parts = zip(images.split(128), y[chosen].to(s.device).split(128))
-        x[chosen] = torch.cat([to_uint8(pgd(reference, *part, s.pgd_eps, seed=s.seed)) for part in parts]).cpu()
+        parts = [*zip(images.split(128), y[chosen].to(s.device).split(128))]
+        with autocast(s):
+            x[chosen] = torch.cat([to_uint8(pgd(reference, *part, s.pgd_eps, seed=s.seed)) for part in tqdm(
+                parts, desc="PGD", leave=False, disable=None)]).cpu()
     return x, y.where(~marked, s.target), marked, f", of them {count} poisoned"
 
 

@@ -64,7 +64,7 @@ def test_a_file_is_read_in_one_sitting(name):
 
 
 def test_the_whole_is_small():
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4770
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py")) <= 4765
 
 
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
