@@ -309,6 +309,10 @@ CLAIMS = [
     (RESULTS, "at 1.1 CA is {:.1f} and ASR_p {:.1f}, at 1.15 CA is {:.1f} and the network answers the target to {:.1f} "
      "% of all images", lambda: [
          *at("cifar10_w48", 1.1, "ca", "asr_p"), *at("cifar10_w48", 1.15, "ca", "target_rate")]),
+    (RESULTS, "two seeds): Clean CA {:.1f}, Base CA {:.1f}, and at the attackers' V_a CA {:.1f}, target_rate {:.1f}, "
+     "ASR_p {:.1f} and ASR_o {:.1f}, but the clean models give {:.1f} and {:.1f}", lambda: [
+         *map(result("cifar10_quick/attack").get, ("clean_ca", "base_ca")), *own(
+             "cifar10_quick", "ca", "target_rate", "asr_p", "asr_o", "asr_p_clean_model", "asr_o_clean_model")]),
     (RESULTS, "Clean CA {:.1f}, Base CA {:.1f}, and at a V_a of {:.2f} CA {:.1f}, ASR_p {:.1f} and ASR_o {:.1f} (clean "
      "model {:.1f} and {:.1f})", lambda: [
          *map(result("cifar10/attack").get, ("clean_ca", "base_ca")), *own(
