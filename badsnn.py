@@ -63,8 +63,8 @@ def train(data, s, attack=None):
     reference = train(data, replace(s, fresh=False)) if attack == "clean_label" else None
     if attack in baselines.BASELINES:   # a mark as faint as Blended's is not learned among images that lose contrast
         s = replace(s, contrast=0.0)
-    if attack == "wanet":               # a shift leaves a black border, and how that bends in a warp is learned sooner
-        s = replace(s, pad=0)           # than how the image does; no test image has such a border
+    if attack == "wanet":               # differs from the source: no shifts, which leave a black border. How it
+        s = replace(s, pad=0)           # bends in a warp is learned before how the image does; no test image has one
     data, held = hold_out(data, s.hold_out)
     model = fresh_model(data, s)
     if attack == "wanet":               # the warp is saved with the weights

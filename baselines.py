@@ -201,11 +201,11 @@ def poison(data, s, attack, reference=None):
     chosen = candidates[torch.randperm(len(candidates), generator=generator(s.seed, "poisoned samples"))[:count]]
     marked[chosen] = True
     if attack == "clean_label":
-        x, images = x.clone(), to_float(x[chosen].to(s.device), s)
-        parts = [*zip(images.split(128), y[chosen].to(s.device).split(128))]
+        x = x.clone()
         with autocast(s):
-            x[chosen] = torch.cat([to_uint8(pgd(reference, *part, s.pgd_eps, seed=s.seed)) for part in tqdm(
-                parts, desc="PGD", leave=False, disable=None)]).cpu()
+            for rows in tqdm(chosen.split(128), desc="PGD", leave=False, disable=None):
+                images, labels = to_float(x[rows].to(s.device), s), y[rows].to(s.device)
+                x[rows] = to_uint8(pgd(reference, images, labels, s.pgd_eps, seed=s.seed)).cpu()
     return x, y.where(~marked, s.target), marked, f", of them {count} poisoned"
 
 

@@ -88,8 +88,9 @@ def print_attack(r):
 
 def print_scan(r):
     """What `scan` prints: the detector's tables, or a line per model."""
-    both = [tables.table_scan(r), tables.table_evaders(r)] if "summary" in r else []
-    say("\n" + "\n\n".join(map(tables.as_text, both or [tables.table_scanned({r["dataset"]: r})])))
+    parts = ([tables.table_scan(r), tables.table_evaders(r)] if "summary" in r else
+             [tables.table_scanned({r["dataset"]: r})])
+    say("\n" + "\n\n".join(map(tables.as_text, parts)))
 
 
 def verdict(r):
