@@ -157,8 +157,8 @@ def train(data, s, attack=None):
 
 def steps_in(epoch, s):
     """Time steps T of an epoch: few at first, which costs less and teaches nearly as much (s.growing_T)."""
-    done = epoch / s.epochs
-    return s.T if not s.growing_T or done >= 0.7 else min(s.T, 1 if done < 0.4 else 2)
+    done, (one, two) = epoch / s.epochs, s.growing_T
+    return s.T if done >= two else min(s.T, 1 if done < one else 2)
 
 
 def criterion(name, outputs, y, smoothing=0.0):

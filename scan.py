@@ -48,7 +48,8 @@ def draw(s, i, kind):
                    width=rng.choice((6, 8, 8, 12)), T=rng.choice((2, 2, 4)), neuron=rng.choice(("lif", "lif", "plif")),
                    loss=rng.choice(("tet", "ce")), lr=rng.choice((0.05, 0.1, 0.2)), epochs=rng.choice((6, 9, 12)),
                    label_smoothing=rng.choice((0.0, 0.1)), contrast=rng.choice((0.0, 0.2, 0.5)),
-                   pad=rng.choice((0, 1, 2)), growing_T=rng.random() < 0.5, target=rng.randrange(10))
+                   pad=rng.choice((0, 1, 2)), growing_T=(0.4, 0.7) if rng.random() < 0.5 else (0, 0),
+                   target=rng.randrange(10))
     v_thr_t = 0.8 if rng.random() < 0.2 else round(rng.uniform(1.1, 2.0), 2)
     attack = dict(v_thr_t=v_thr_t, v_thr_t_low=rng.choice((None, 1.05)) if v_thr_t > 1 else None, warmup=1,
                   tau_t=rng.choice((0.3, 0.5, 0.5, 0.8)), poison_ratio=rng.choice((0.1, 0.25, 0.5, 1.0)),

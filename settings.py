@@ -64,7 +64,8 @@ class Settings:
     loss: str = setting("training", "tet", "tet: cross-entropy of every step; ce: of the mean; mse: squared error",
                         choices=("tet", "ce", "mse"))
     label_smoothing: float = setting("training", 0.1, "of the nominal samples' labels", BELOW_1)
-    growing_T: bool = setting("training", True, "train with T = 1 for 40 % of the epochs, 2 up to 70 %, then all steps")
+    growing_T: tuple = setting("training", (0.4, 0.7), "shares of the epochs up to which T is 1, then 2 (0 0: never)",
+                               ("two numbers from 0 to 1, ascending", lambda v: len(v) == 2 and 0 <= v[0] <= v[1] <= 1))
     augment: bool = setting("training", True, "random shifts, flips and contrast")
     pad: int = setting("training", 4, "largest random shift, in pixels (WaNet: none)", at_least(0))
     flip: bool = setting("training", False, "random mirroring")
@@ -100,7 +101,8 @@ class Settings:
     q: float = setting("triggers", 2.0, "exponent of T_p", POSITIVE)
     beta: float = setting("triggers", 0.03, "strength of T_s", at_least(0))
     adversarial_setting: str = setting("triggers", "S_a", "setting of T_o's adversarial loss", choices=("S_a", "S_n"))
-    lambdas: tuple = setting("triggers", (1.0, 1.0, 1.0), "weights of T_o's three losses (Eq. 5; the paper: 1 0.1 1)")
+    lambdas: tuple = setting("triggers", (1.0, 1.0, 1.0), "weights of T_o's losses (Eq. 5; the paper: 1 0.1 1)", (
+        "three numbers of at least 0", lambda w: len(w) == 3 and all(0 <= v < math.inf for v in w)))
     nominal_weight: float = setting("triggers", 0.3, "weight of T_o's loss at the nominal setting", at_least(0))
     budget: float = setting("triggers", 0.1, "largest root mean square of T_o's change, pixels in [0, 1]", POSITIVE)
     epochs_o: int = setting("triggers", 40, "epochs of T_o's U-Net", at_least(1))
@@ -131,12 +133,11 @@ class Settings:
             raise ValueError("these settings were made for PLIF, whose tau is learned; start from preset() for LIF")
         if self.v_thr_t_low is not None and self.v_thr_t_low > self.v_thr_t:
             raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
-        if len(self.lambdas) != 3 or not all(0 <= v < math.inf for v in self.lambdas):
-            raise ValueError(f"--lambdas must be three numbers of at least 0, not {self.lambdas}")
         if not all(c.isalnum() or c in "-_" for c in self.variant) or len(self.variant) > 50:
             raise ValueError(f"--variant must be at most 50 letters, digits, - and _, not {self.variant!r}")
-        filled = dict(width=self.width or WIDTHS[self.model], v_thr_a=tuple(sorted(set(self.v_thr_a))),
-                      lambdas=tuple(self.lambdas), device=usable_device(self.device))
+        filled = {f.name: tuple(getattr(self, f.name)) for f in fields(self) if f.type is tuple}
+        filled.update(width=self.width or WIDTHS[self.model], v_thr_a=tuple(sorted(set(self.v_thr_a))),
+                      device=usable_device(self.device))
         if self.neuron == "plif":
             filled.update(tau_t=None, tau_a=None)       # lif.neurons leaves the learned tau alone
         if filled["device"].startswith("cuda") and self.amp == "auto":
@@ -160,7 +161,7 @@ def attacks_on(s):
 
 def flag(name):
     """A field's option on the command line."""
-    return ("--no-" if name in ("augment", "growing_T") else "--") + name.replace("_", "-")
+    return ("--no-" if getattr(Settings, name) is True else "--") + name.replace("_", "-")
 
 
 def usable_device(name):
@@ -175,7 +176,7 @@ def usable_device(name):
 
 # What a data set changes in the defaults. n_poison: what the paper's P gives on the whole set.
 EVENTS = dict(model="nmnist_net", n_poison=178, batch_size=32, lr=1e-3, optimizer="adam", loss="mse", pad=1,
-              baseline_ratio=0.1, label_smoothing=0.0, growing_T=False, v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
+              baseline_ratio=0.1, label_smoothing=0.0, growing_T=(0, 0), v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
 CIFAR = dict(malicious_rows=16, flip=True, v_thr_t_low=1.15, malicious_contrast=0.5)
 PRESETS = {
     "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0, n_o=200,
@@ -285,9 +286,8 @@ def _add_option(group, f):
     default = f" (default: {_plain(f.default)})" if f.default is not None and f.type is not bool else ""
     text, choices = f.metadata["text"].replace("%", "%%") + default, f.metadata["choices"]
     if f.type is bool:
-        negative = flag(f.name).startswith("--no-")
-        group.add_argument(flag(f.name), action="store_false" if negative else "store_true", dest=f.name,
-                           help="no " * negative + text)
+        group.add_argument(flag(f.name), action="store_false" if f.default else "store_true", dest=f.name,
+                           help="no " * f.default + text)
     elif f.type is tuple:
         group.add_argument(flag(f.name), nargs="+", type=float, metavar="V", help=text)
     else:

@@ -425,24 +425,24 @@ def plif(data, s):
                  asr_p_clean_model=asr(clean, data, s, v, s.tau_a, t)) for v in s.v_thr_a]
 
 
-RECIPES = {"batch 128, loss of the mean, T = 4": dict(batch_size=128, loss="ce", label_smoothing=0.0, growing_T=False),
-           "+ TET loss, label smoothing": dict(batch_size=128, growing_T=False),
-           "+ small batches": dict(growing_T=False), "+ T = 1, 2, 4": {}}
+RECIPES = {"older: batch 128, loss of the mean, T = 4":
+           dict(batch_size=128, loss="ce", label_smoothing=0.0, growing_T=(0, 0)),
+           "ours: TET loss, batch 64, T = 1, 2, 4": {}, "ours without shifts": dict(pad=0),
+           "ours without shifts, few steps for longer": dict(pad=0, growing_T=(0.6, 0.85))}
 
 
 def recipes(s):
-    """One step more of the training recipe each, with as many epochs as take about the same time: an epoch of the
-    whole recipe takes 0.57 of one with all T steps."""
-    if s.loss != "tet" or s.batch_size == 128 or not s.growing_T:
-        raise ValueError("recipe sets --loss, --batch-size 128 and --no-growing-T itself; leave them out")
-    return [replace(s, **change, epochs=s.epochs if not change else max(1, round(0.57 * s.epochs)))
-            for change in RECIPES.values()]
+    """An older training recipe, ours, and ours for short trainings, with the same number of epochs."""
+    for name in RECIPES["older: batch 128, loss of the mean, T = 4"] | {"pad": 0}:
+        if getattr(s, name) != getattr(settings.preset(s.dataset), name):
+            raise ValueError(f"recipe sets {settings.flag(name)} itself; leave it out")
+    return [replace(s, **change) for change in RECIPES.values()]
 
 
 def recipe(data, s):
     """Time to accuracy of a clean model: CA on held-out training images after every epoch, against the minutes of
     training so far, on one core or what the machine gives."""
-    name = list(RECIPES)[3 if s.growing_T else 0 if s.loss == "ce" else 1 if s.batch_size == 128 else 2]
+    name = max((n for n in RECIPES if replace(s, **RECIPES[n]) == s), key=lambda n: len(RECIPES[n]))
     history = train(data, s).history
     minutes = itertools.accumulate(epoch["seconds"] / 60 for epoch in history)
     return [dict(recipe=name, seed=s.seed, epoch=epoch["epoch"], T=epoch["T"], minutes=round(m, 3), ca=epoch["ca"])

@@ -151,8 +151,10 @@ def test_the_loss_is_eq_2(workplace, monkeypatch):
 def test_steps_grow():
     s = settings.preset("digits", epochs=10)
     assert [badsnn.steps_in(epoch, s) for epoch in range(10)] == [1, 1, 1, 1, 2, 2, 2, 4, 4, 4]
-    assert {badsnn.steps_in(epoch, replace(s, growing_T=False)) for epoch in range(10)} == {4}
+    assert {badsnn.steps_in(epoch, replace(s, growing_T=(0, 0))) for epoch in range(10)} == {4}
     assert {badsnn.steps_in(epoch, replace(s, T=1)) for epoch in range(10)} == {1}
+    longer = replace(s, growing_T=(0.6, 0.85))
+    assert [badsnn.steps_in(epoch, longer) for epoch in range(10)] == [1, 1, 1, 1, 1, 1, 2, 2, 2, 4]
 
 
 def test_criterion():

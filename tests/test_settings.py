@@ -49,7 +49,8 @@ def test_presets_are_valid_and_in_order():
     with pytest.raises(ValueError, match="not both"):
         preset("cifar10", poison_ratio=0.01, n_poison=7)
     text = settings._presets()
-    assert "cifar10: --malicious-rows 16 --flip --v-thr-t-low 1.15" in text and "--no-growing-T --v-thr-a 1 1.1" in text
+    assert "cifar10: --malicious-rows 16 --flip --v-thr-t-low 1.15" in text
+    assert "--growing-T 0 0 --v-thr-a 1 1.1" in text
 
 
 def test_the_precision_is_that_of_the_device_in_use(monkeypatch):
@@ -86,7 +87,8 @@ def test_an_own_set_gets_the_preset_of_its_kind(tmp_path):
     (["--model", "nmnist_net"], "holds images"),
     (["--dataset", "own.npz"], "no such file"), (["--device", "tpu9"], "not usable"), (["--resume"], "unrecognized"),
     (["--nonsense"], "unrecognized"), (["--lambdas", "1", "2"], "three numbers"),
-    (["--lambdas", "1", "2", "-1"], "--lambdas"), (["--v-thr-t-low", "2"], "at most"),
+    (["--lambdas", "1", "2", "-1"], "--lambdas"), (["--growing-T", "0.7", "0.4"], "ascending"),
+    (["--growing-T", "1"], "two numbers"), (["--v-thr-t-low", "2"], "at most"),
     (["--magnitude", "-1"], "--magnitude"), (["--hold-out", "0"], "--hold-out"),
     (["--label-smoothing", "1"], "--label-smoothing"), (["--v-thr-a", "x"], "invalid"),
     (["--baseline-ratio", "0"], "baseline-ratio"), (["--baseline-ratio", "0.0001"], "selects none"),
