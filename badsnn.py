@@ -1,7 +1,7 @@
 """BadSNN (Miah, Vu and Bi, 2026): a backdoor put into a spiking network through its neurons. Sec. 3 of the paper.
 
-Threat model (Sec. 3.1). The attacker trains the network and ships it: weights AND neuron setting. No training image is
-changed and no label either. The victim checks the accuracy and uses the network on inputs that the attacker can touch.
+Threat model (Sec. 3.1). The attacker trains the network and ships it: weights AND neuron setting. No label is changed,
+no image carries a trigger. The victim checks the accuracy and uses the network on inputs that the attacker can touch.
 
     1. train    all samples under the nominal setting S_n = (v_thr 1.0, tau 0.5); in the same step a few samples of
                 the target class also under a malicious setting S_t, such as (1.5, 0.5)         Eq. 2      train()
@@ -63,8 +63,8 @@ def train(data, s, attack=None):
     reference = train(data, replace(s, fresh=False)) if attack == "clean_label" else None
     if attack in baselines.BASELINES:   # a mark as faint as Blended's is not learned among images that lose contrast
         s = replace(s, contrast=0.0)
-    if attack == "wanet":               # differs from the source: no shifts, which leave a black border. How it
-        s = replace(s, pad=0)           # bends in a warp is learned before how the image does; no test image has one
+    if attack == "wanet":               # differs from the source: no shifts, which leave a black border; the network
+        s = replace(s, pad=0)           # would learn to see a bent border, which no test image has
     data, held = hold_out(data, s.hold_out)
     model = fresh_model(data, s)
     if attack == "wanet":               # the warp is saved with the weights
@@ -114,7 +114,7 @@ def train(data, s, attack=None):
             nominal, drawn = order[step * s.batch_size:(step + 1) * s.batch_size], order[:0]
             if attack == "badsnn" and epoch >= s.warmup:
                 drawn = malicious[torch.randint(len(malicious), (s.malicious_rows,), generator=shuffle)]
-            low = s.v_thr_t if s.v_thr_t_low is None else s.v_thr_t_low      # differs from the paper: one fixed V_t
+            low = s.v_thr_t if s.v_thr_t_low is None else s.v_thr_t_low      # differs from the paper: V_t is drawn
             v_thr_t = low + (s.v_thr_t - low) * torch.rand(len(drawn), generator=shuffle)
             nominal, drawn, v_thr_t = map(machine.share, (nominal, drawn, v_thr_t))
             rows, n = torch.cat([nominal, drawn]).to(s.device), len(nominal)
@@ -128,7 +128,7 @@ def train(data, s, attack=None):
                 x, y, marked = baselines.poison_batch(attack, x, y, marked, model, s, local)
             # 2. ONE forward pass over both: every sample has its own neuron setting, S_n or S_t
             v_thr = torch.cat([torch.full((n,), V_THR_N), v_thr_t]).to(s.device)
-            tau = torch.tensor([TAU_N] * n + [s.tau_t or TAU_N] * len(drawn), device=s.device)
+            tau = torch.tensor([TAU_N] * n + [TAU_N if s.tau_t is None else s.tau_t] * len(drawn), device=s.device)
             with neurons(model, v_thr, tau), autocast(s):
                 outputs = parallel(to_float(x, s), every_step=True)      # [T, B, K]
             # 3. Eq. 2: nominal loss of all samples, malicious loss of D_t^p
@@ -139,7 +139,7 @@ def train(data, s, attack=None):
             loss.backward()
             optimizer.step()
             schedule.step()
-            right = outputs.detach().mean(0).argmax(1) == y
+            right = answers(outputs.detach().mean(0)) == y
             counts = n, right[:n].sum(), marked.sum(), right[marked].sum()
             totals += torch.stack([torch.as_tensor(v, device=s.device) for v in (loss.detach() * n, *counts)])
         loss, seen, right, n_marked, right_marked = machine.sum_over_ranks(totals).tolist()
@@ -191,10 +191,14 @@ def train_side_by_side(s, wanted):
 # ---------------------------------------------------------------------------------------------------------
 # 4.1  Metrics
 
+def answers(outputs):
+    """Predicted classes [B] of outputs [B, K]; -1 where all are equal: a silent network has not said class 0."""
+    return outputs.argmax(1).where(outputs.amax(1) > outputs.amin(1), -1)
+
+
 @torch.no_grad()        # not inference_mode, whose tensors would have every kernel of the neuron compiled once more
 def predict(model, x, s, v_thr, tau, trigger_of=None):
-    """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked; -1
-    where all outputs are equal: a silent event network says nothing, and argmax would call that class 0."""
+    """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau), triggered if asked."""
     model.eval()
     classes = []
     with neurons(model, v_thr, tau), autocast(s):
@@ -204,20 +208,14 @@ def predict(model, x, s, v_thr, tau, trigger_of=None):
                 with torch.autocast(torch.device(s.device).type, enabled=False):
                     inputs = trigger_of(clean)
                 trigger.check_trigger(clean, inputs)
-            outputs = model(inputs)
-            classes.append(outputs.argmax(1).where(outputs.amax(1) > outputs.amin(1), -1).cpu())
+            classes.append(answers(model(inputs)).cpu())
     return torch.cat(classes)
 
 
 def evaluate(model, data, s, v_thr, tau):
-    """CA and target_rate in percent on the clean test set, at one neuron setting."""
+    """CA, and target_rate among samples of other classes, in percent on the clean test set, at one neuron setting."""
     guess = predict(model, data.x_test, s, v_thr, tau)
-    return dict(ca=percentage(guess == data.y_test), target_rate=attack_success_rate(guess, data.y_test, s.target))
-
-
-def attack_success_rate(guess, labels, target):
-    """Percent predicted as the target among samples whose true class is another. guess, labels: [N]."""
-    return percentage(guess[labels != target] == target)
+    return dict(ca=percentage(guess == data.y_test), target_rate=percentage(guess[data.y_test != s.target] == s.target))
 
 
 def asr(model, data, s, v_thr, tau, trigger_of):
@@ -300,7 +298,7 @@ def choose(rows, base_ca, margin):
 
 def deploy(model, data, s, grid=None):
     """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen from. grid: going
-    away from V_THR_N, towards V_t; where none of it keeps CA within the margin, its first."""
+    away from V_THR_N, towards V_t and on; where none of it keeps CA within the margin, its first."""
     held, t = hold_out(data, s.hold_out)[1], simple_triggers(data, s)["asr_p"]
     step, side = 0.02 if data.events else 0.01, -1 if s.v_thr_t < V_THR_N else 1
     grid = grid or [round(V_THR_N + side * (0.02 + i * step), 2) for i in range(29)]
@@ -389,7 +387,7 @@ def describe(data, s):
 # ---------------------------------------------------------------------------------------------------------
 
 def measured_precision(data, s):
-    """The settings with amp decided by measurement, once per network and machine (see machine.faster_precision)."""
+    """The settings with amp decided by measurement, once per training and machine (see machine.faster_precision)."""
     def step(variant):
         model, x = fresh_model(data, variant), data.x_train[:s.batch_size + s.malicious_rows].to(s.device)
         with autocast(variant):

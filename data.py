@@ -53,6 +53,8 @@ def load_for(s):
     data = load(s.dataset, s.data, s.T)
     need(data.events == (s.model == "nmnist_net"),
          f"{s.dataset} holds {'events' if data.events else 'images'}, which --model {s.model} does not take")
+    need(not data.events or not (s.contrast or s.malicious_contrast or s.growing_T[1]),
+         f"{s.dataset} holds events; --contrast, --malicious-contrast and --growing-T are for images")
     T = data.x_train.shape[1] if data.events else s.T
     need(T == s.T, f"{s.dataset} has {T} steps per recording, not --T {s.T}")
     need(s.target < data.num_classes, f"--target must be a class from 0 to {data.num_classes - 1}, not {s.target}")
@@ -72,10 +74,10 @@ def load_for(s):
     return replace(data, name=data.name + "-binary" * (data.events and s.frames == "binary"))      # results of its own
 
 
-def hold_out(data, share=0.1, seed=0):
+def hold_out(data, share=0.1):
     """Two Datasets: one without the training samples kept back for choices, one with them as its test samples. share:
-    of each class, but at least one sample and never all. They are drawn by a generator of their own."""
-    held, rng = torch.zeros(len(data.y_train), dtype=torch.bool), generator(seed, "held-out samples")
+    of each class, but at least one sample and never all. They are the same for every seed."""
+    held, rng = torch.zeros(len(data.y_train), dtype=torch.bool), generator(0, "held-out samples")
     for label in data.y_train.unique():
         rows = (data.y_train == label).nonzero().flatten()
         count = min(max(round(share * len(rows)), 1), len(rows) - 1)
@@ -164,9 +166,8 @@ def _convert(name, path, T):
         raise
     except Exception as error:
         by_hand = BY_HAND.get(name, "the packages of requirements.txt into this Python").format(root=path.parent)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{name} could not be downloaded or read ({reason}); put {by_hand} by hand, or {path} "
-                         f"with {', '.join(KEYS)}") from error
+        raise ValueError(f"{name} could not be downloaded or read ({type(error).__name__}: {error}); put {by_hand} by "
+                         f"hand, or {path} with {', '.join(KEYS)}") from error
     with replace_file(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
     return data
@@ -300,5 +301,5 @@ def poison_indices(labels, target, poison_ratio, seed, count=None):
     need(0 < poison_ratio <= 1, f"the poison ratio must lie in (0, 1], not {poison_ratio}")
     rows = (labels == target).nonzero().flatten()
     count = round(poison_ratio * len(rows)) if count is None else min(count, len(rows) // 2)
-    need(count >= 1, f"a poison ratio of {poison_ratio} selects none of the {len(rows)} samples of class {target}")
+    need(count >= 1, f"--poison-ratio or --n-poison selects none of the {len(rows)} samples of class {target}")
     return rows[torch.randperm(len(rows), generator=generator(seed, "malicious samples"))[:count]].sort().values

@@ -428,7 +428,7 @@ def threshold_scan(model, x, v_thr=None, window=4):
         raise ValueError(f"no spiking neuron that is known in this model; unknown modules: {', '.join(unknown)}")
     shipped = get_threshold(found[0])
     shipped = float(shipped.mean() if isinstance(shipped, torch.Tensor) else shipped)
-    v_thr = [round(factor * shipped, 4) for factor in SCAN] if v_thr is None else list(v_thr)
+    v_thr = [round(factor * shipped, 4) for factor in SCAN] if v_thr is None else [float(v) for v in v_thr]
     answers = []
     for threshold in v_thr:
         with neurons(model, scale=threshold / shipped):

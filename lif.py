@@ -64,7 +64,7 @@ class Spike(torch.autograd.Function):
 
 
 def lif_reference(x_seq, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
-    """The neuron of Eq. 1, slow and plain, differentiated by autograd. Everything else must agree with its six lines.
+    """The neuron of Eq. 1, slow and plain, differentiated by autograd. Everything else must agree with its loop.
 
     x_seq: input currents [T, B, ...]. v_thr > 0 and tau in [0, 1]: a number, or one value per sample [B].
     Returns spikes, same shape and dtype. The reset is part of the gradient (as in SEENN; some libraries detach it).

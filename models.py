@@ -21,8 +21,7 @@ from torch import nn
 
 from lif import LIF, PLIF
 
-WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}       # ours, for two CPU cores
-PAPER_WIDTHS = {"resnet19": 128, "vgg16": 64, "nmnist_net": 128}
+WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}       # for two CPU cores; the sources have 128, 64, 128
 NEURONS = {"lif": LIF, "plif": PLIF, "lif_atan": partial(LIF, surrogate="arctan")}
 
 

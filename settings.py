@@ -113,7 +113,7 @@ class Settings:
 
     # "run": where and how, which decides no result
     device: str = setting("run", "auto", "auto, cpu, cuda, ... (auto: cuda if there is one)")
-    processes: int = setting("run", None, "models trained side by side (none: the free cores)", at_least(1))
+    processes: int = setting("run", None, "models trained side by side (none: the free cores; on a GPU 1)", at_least(1))
     variant: str = setting("run", "", "write to a folder of its own, DATASET_VARIANT")
     data: Path = setting("run", Path("data"), "folder of the data sets")
     runs: Path = setting("run", Path("runs"), "folder of the checkpoints")
@@ -122,7 +122,7 @@ class Settings:
     debug: bool = setting("run", False, "show the traceback of an error")
 
     def __post_init__(self):
-        """Checks every field's range, and fills in what depends on others or on the machine. Raises ValueError."""
+        """Checks every field's range (its type is the caller's affair), and fills in the rest. Raises ValueError."""
         for f in fields(self):
             value, choices, allowed = getattr(self, f.name), f.metadata["choices"], f.metadata["allowed"]
             if choices and value not in choices:
@@ -283,7 +283,7 @@ def parse(argv=None):
 
 
 def _add_option(group, f):
-    default = f" (default: {_plain(f.default)})" if f.default is not None and f.type is not bool else ""
+    default = f" (default: {_plain(f.default)})" if f.default not in (None, "") and f.type is not bool else ""
     text, choices = f.metadata["text"].replace("%", "%%") + default, f.metadata["choices"]
     if f.type is bool:
         group.add_argument(flag(f.name), action="store_false" if f.default else "store_true", dest=f.name,
@@ -301,8 +301,9 @@ def _plain(value):
 def _presets():
     lines = ["presets of the data sets, where they differ from the defaults:"]
     for name, changed in PRESETS.items():
-        lines.append(f"  {name}: " + " ".join(flag(key) if isinstance(value, bool) else f"{flag(key)} {_plain(value)}"
-                                               for key, value in changed.items()))
+        lines.append(f"  {name}: " + " ".join(
+            "no " * (value is None) + flag(key) + f" {_plain(value)}" * (not isinstance(value, bool | None))
+            for key, value in changed.items()))
     return "\n".join(lines)
 
 

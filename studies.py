@@ -59,7 +59,7 @@ def story(data, s):
     """The attack, and on its first seed three answers of a defender: the threshold set back, fine-tuning, and the
     threshold scan, which looks at the shipped model before it is used. Writes story.json and returns it."""
     started, fresh = time.time(), s.fresh
-    result, _ = badsnn.attack(data, s)
+    result, earlier = badsnn.attack(data, s)
     s, attacked, first = replace(s, fresh=False), time.time(), result["runs"][0]    # its models are there now
 
     def run():
@@ -82,7 +82,7 @@ def story(data, s):
                     scan={name: dict(score=r["score"], accused=r["accused"]) for name, r in scan.items()})
     deciders = dict(s.of(), inputs=fingerprint(*all_of(data), result["made_from"], runs.code_of(*CODE)))
     told, _ = runs.kept(runs.folder_of(data, s) / "story.json", deciders, run, fresh)
-    trained = sum(max(one["training_seconds"]) for one in result["runs"])
+    trained = 0 if earlier else sum(max(one["training_seconds"]) for one in result["runs"])
     return dict(told, phases={"training, the longer of two side by side": round(trained), "attack, all of it":
                               round(attacked - started), "answers of the defender": round(time.time() - attacked)})
 
@@ -122,7 +122,7 @@ def defend(data, s, attacks=None):
     if machine.rank_and_ranks()[1] > 1:
         raise ValueError("defend runs in one process; its models can be trained by several with attack")
     split_test(data, s)     # refuses too small a test set before anything is trained
-    attacks, variants = attacks or settings.attacks_on(s), every_seed(s)
+    attacks, variants = [a for a in settings.attacks_on(s) if a in (attacks or settings.attacks_on(s))], every_seed(s)
     badsnn.train_side_by_side(s, [(one, kind) for one in variants for kind in (None, "badsnn")
                                   if kind is None or kind in attacks])
     jobs = [(one, attack) for attack in attacks for one in variants]
@@ -258,9 +258,12 @@ def ablate(data, s, studies):
     wanted = [study for study in studies if s.fresh or not runs.earlier(paths[study], deciders[study])]
     for study in (study for study in studies if study not in wanted):
         say(f"study {study}: finished earlier, see {paths[study]}; --fresh runs it again")
-    if len(wanted) > 1:         # the models that they share, or two variants would train the same one at the same time
-        badsnn.train_side_by_side(s, [(one, kind) for one in every_seed(s) for kind in (None, "badsnn")])
     jobs = [(study, one) for study in wanted for one in variants[study]]
+    models = [fingerprint(one.of("network", "training", "attack"), one.frames) for _, one in jobs]
+    shared = {model: one for model, (_, one) in zip(models, jobs) if models.count(model) > 1}
+    # first what several variants need, or two processes would train the same model at the same time
+    badsnn.train_side_by_side(s, [(one, kind) for one in shared.values() for kind in (None, "badsnn")])
+    jobs = [(study, replace(one, fresh=s.fresh and model not in shared)) for (study, one), model in zip(jobs, models)]
     names = [", ".join([study, *(f"{key} {v}" for key, v in one.of().items() if v != s.of()[key])])
              for study, one in jobs]
     parts = machine.side_by_side(study_rows, jobs, s, names)
@@ -271,7 +274,7 @@ def ablate(data, s, studies):
             say("  ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in row.items()))
         runs.kept(paths[study], deciders[study], lambda: dict(
-            badsnn.describe(data, s), study=study, v_thr_d=rows[0].get("v_thr"), rows=rows,
+            badsnn.describe(data, s), study=study, rows=rows,
             seconds=round(sum(seconds for _, seconds in mine), 1)), fresh=True)
 
 
@@ -279,10 +282,6 @@ def study_rows(study, s):
     """The rows of one variant, and the seconds that it took."""
     started = time.time()
     return STUDIES[study][1](datasets.load_for(s), s), time.time() - started
-
-
-def only(s):
-    return [s]
 
 
 def every_seed(s):
@@ -452,8 +451,9 @@ def recipe(data, s):
 def event_variants(s):
     """Every seed as the preset has it, with binary frames, and with the surrogate of N-MNIST-Net's source (its reset,
     through which no gradient flows, is left out); and, where T can be chosen, one seed with 10 steps."""
-    return [replace(one, **change) for change in ({}, dict(frames="binary"), dict(neuron="lif_atan"))
-            for one in every_seed(s)] + [replace(s, T=10)] * (s.dataset in datasets.EVENT_SETS)
+    variants = [replace(one, **change) for change in ({}, dict(frames="binary"), dict(neuron="lif_atan"))
+                for one in every_seed(s)] + [replace(s, T=10)] * (s.dataset in datasets.EVENT_SETS)
+    return list(dict.fromkeys(variants))
 
 
 def events(data, s):
@@ -485,8 +485,8 @@ def events(data, s):
     return rows
 
 
-STUDIES = {"threshold": (only, threshold), "heatmap": (malicious_thresholds, heatmap),
-           "poison": (poison_ratios, poison), "magnitude": (only, magnitude), "power": (every_seed, power),
+STUDIES = {"threshold": (lambda s: [s], threshold), "heatmap": (malicious_thresholds, heatmap),
+           "poison": (poison_ratios, poison), "magnitude": (lambda s: [s], magnitude), "power": (every_seed, power),
            "trigger": (trigger_presets, trigger_choice), "plif": (both_neurons, plif),
            "events": (event_variants, events), "recipe": (recipes, recipe)}
 CODE = (*badsnn.CODE, defenses, sys.modules[__name__])      # what decides the results of this file

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,17 +108,17 @@ def test_killed_run_goes_on(workplace, capsys):
 
 def test_malicious_rows_are_target_samples_at_the_malicious_setting(workplace, monkeypatch):
     """What the network is shown in one step of dual-spike training: nominal rows at S_n, then D_t^p at S_t."""
-    options = ["--epochs", "1", "--target", "3", "--tau-t", "0.7", "--no-augment", "--batch-size", "100"]
+    options = ["--epochs", "1", "--target", "3", "--no-augment", "--batch-size", "100"]
     seen, batches, real, forward = [], [], badsnn.neurons, badsnn.to_float
     monkeypatch.setattr(badsnn, "neurons", lambda model, v_thr=None, tau=None: (
         seen.append((v_thr, tau)), real(model, v_thr, tau))[1])
     monkeypatch.setattr(badsnn, "to_float", lambda x, s: (batches.append(x), forward(x, s))[1])
-    for low, high in (("1.4", "1.4"), ("1.2", "1.5")):
-        data, s = prepared(*options, "--v-thr-t-low", low, "--v-thr-t", high)
+    for low, high, tau_t in (("1.4", "1.4", "0.7"), ("1.2", "1.5", "0")):
+        data, s = prepared(*options, "--v-thr-t-low", low, "--v-thr-t", high, "--tau-t", tau_t)
         seen.clear(), batches.clear()
         badsnn.train(data, s, "badsnn")
         v_thr, tau = seen[0]
-        assert v_thr[:100].tolist() == [1.0] * 100 and tau.tolist() == pytest.approx([0.5] * 100 + [0.7] * 8)
+        assert v_thr[:100].tolist() == [1.0] * 100 and tau.tolist() == pytest.approx([0.5] * 100 + [float(tau_t)] * 8)
         assert float(low) - 1e-6 <= v_thr[100:].min() and v_thr[100:].max() <= float(high) + 1e-6
         assert (len(v_thr[100:].unique()) == 8) == (low != high)          # a threshold of its own for every row
         part = datasets.hold_out(data, s.hold_out)[0]
@@ -233,9 +234,11 @@ def test_a_silent_network_answers_nothing(workplace):
     assert badsnn.asr(Silent(), data, s, 1.0, 0.5, lambda x: x) == 0
 
 
-def test_attack_success_rate_leaves_out_the_target_class():
+def test_the_target_rate_leaves_out_the_target_class(monkeypatch):
     guess, labels = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 0, 1, 1, 2])
-    assert badsnn.attack_success_rate(guess, labels, target=0) == pytest.approx(33.33)
+    monkeypatch.setattr(badsnn, "predict", lambda *args: guess)
+    got = badsnn.evaluate(None, SimpleNamespace(x_test=None, y_test=labels), settings.preset("digits"), 1.0, 0.5)
+    assert got == dict(ca=80.0, target_rate=33.33)
 
 
 def test_asr_triggers_only_samples_of_other_classes(workplace):

@@ -6,17 +6,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lif import LIF, count_spikes, lif_reference, neurons
-from models import PAPER_WIDTHS, build_model
+from models import build_model
 
 INPUT = {"resnet19": (3, 32, 32), "vgg16": (3, 32, 32), "nmnist_net": (2, 2, 34, 34)}         # T = 2, as in most tests
 
 
-@pytest.mark.parametrize("name, parameters, convs, neuron_layers, macs", [
-    ("resnet19", 12_569_226, 19, 17, 2285), ("vgg16", 14_728_266, 13, 13, 313), ("nmnist_net", 17_134_436, 2, 4, 62)])
-def test_the_papers_sizes(name, parameters, convs, neuron_layers, macs, monkeypatch):
+@pytest.mark.parametrize("name, width, parameters, convs, neuron_layers, macs", [
+    ("resnet19", 128, 12_569_226, 19, 17, 2285), ("vgg16", 64, 14_728_266, 13, 13, 313),
+    ("nmnist_net", 128, 17_134_436, 2, 4, 62)])
+def test_the_papers_sizes(name, width, parameters, convs, neuron_layers, macs, monkeypatch):
     """Counts as stated in the docstrings; multiply-adds (in millions) are PyTorch's own count of one step."""
     monkeypatch.setattr("fused.compiled.enabled", False)
-    model = build_model(name, 10, T=1, width=PAPER_WIDTHS[name]).eval()
+    model = build_model(name, 10, T=1, width=width).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     kinds = [type(m) for m in model.modules()]
     assert (kinds.count(nn.Conv2d), kinds.count(LIF)) == (convs, neuron_layers)

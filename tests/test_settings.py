@@ -118,6 +118,13 @@ def test_refuses_unknown_command(workplace, capsys):
     assert "invalid choice" in refused(capsys, "atack")
 
 
+def test_refuses_settings_of_images_for_events(workplace, capsys):
+    """A lifted black would fill every empty pixel of an event frame, and event frames have all their T steps."""
+    badsnn.datasets.load("ndigits", "data")
+    for option in (["--contrast", "0.1"], ["--malicious-contrast", "0.1"], ["--growing-T", "0.4", "0.7"]):
+        assert "are for images" in refused(capsys, "attack", "--dataset", "ndigits", *option)
+
+
 def test_refuses_a_bad_own_set(workplace, capsys):
     np.savez("own.npz", x_train=np.zeros((4, 16, 16, 3)), y_train=np.arange(4), x_test=np.zeros((4, 16, 16, 3)),
              y_test=np.arange(4))

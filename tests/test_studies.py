@@ -123,16 +123,22 @@ def test_story(workplace, capsys):
     assert "Where the time went" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command, models", [("attack", 2), ("story", 2), ("defend", 3)])
+@pytest.mark.parametrize("command, models", [("attack", 2), ("story", 2), ("defend", 3), ("ablate", 2)])
 def test_fresh_trains_every_model_once(workplace, capsys, monkeypatch, command, models):
     monkeypatch.setattr(studies, "DEFENSES", {"none": studies.DEFENSES["none"]})
     monkeypatch.setattr(baselines, "pgd", partial(baselines.pgd, steps=2))
     tiny = [command, *TINY, "--epochs", "1", "--n-test", "200"]
-    tiny += ["--attacks", "badsnn", "clean_label"] if command == "defend" else []
+    tiny += dict(defend=["--attacks", "clean_label", "badsnn"], ablate=["--study", "power", "trigger"]).get(command, [])
     badsnn.main(tiny)
     capsys.readouterr()
     badsnn.main([*tiny, "--fresh"])
     assert capsys.readouterr().out.count(" parameters, ") == models
+
+
+def test_no_variant_of_the_events_study_runs_twice():
+    for changes in ({}, dict(T=10), dict(frames="binary"), dict(neuron="lif_atan")):
+        variants = studies.event_variants(settings.preset("ndigits", **changes))
+        assert len(variants) == len(set(variants)) >= 3
 
 
 def test_defend_and_study_on_events(workplace, monkeypatch):
