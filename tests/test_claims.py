@@ -12,6 +12,7 @@ from common import ROOT
 import tables
 
 POISONING = "static", "moving", "flashy", "smart"    # the attacks on events, the smart square last
+VARIANTS = dict(neuron="lif_atan"), dict(frames="binary"), dict(T=10)        # of the events study
 SPIKES = "cifar10", "cifar100", "gtsrb"       # the sets of Fig. 2
 README, RESULTS = "README.md", "results/README.md"
 
@@ -121,6 +122,12 @@ def detector(shown):
     return result("digits/scan")["summary"][shown]
 
 
+def strong(ca, alarm=0):
+    """Scanned networks whose attack works: T_p gains 50 points at such a CA; those with a score above the alarm."""
+    return [row for row in scanned("badsnn")[8:] if row["asr_p"] - row["target_rate"] >= 50 and row["ca"] >= ca
+            and row["scores"]["100 images"] > alarm]
+
+
 def hidden():
     """Rows of the attackers who hide from the scan."""
     return [row for row in result("digits/scan")["evaders"] if row["evader"] != "none"]
@@ -179,11 +186,17 @@ CLAIMS = [
         events(key, "badsnn, V_a 1.2", "beta 0.3", frames="binary") for key in ("asr", "target_rate")]),
     (RESULTS, "in {:.1f} % at V_a 1.1, CA {:.1f} and target_rate {:.1f}", lambda: [
         events(key, "badsnn, V_a 1.1", "beta 0.3", T=10) for key in ("asr", "ca", "target_rate")]),
-    (RESULTS, "from {:.1f} to {:.1f} %, and as many as a recording has, 4,000, give {:.1f} %", lambda: [
-        events("target_rate", "badsnn, V_a 1.2", "400 events"),
-        *(events("asr", "badsnn, V_a 1.2", f"{n} events") for n in (400, 4000))]),
-    (RESULTS, "changes none of this ({:.1f} % with", lambda: [
-        events("asr", "badsnn, V_a 1.2", "beta 0.03", neuron="lif_atan")]),
+    (RESULTS, "from {:.1f} to {:.1f} %, and in all our variants. As many as a recording has, 4,000, leave them at {:.1f} "
+     "% here", lambda: [events("target_rate", "badsnn, V_a 1.2", "400 events"),
+                        *(events("asr", "badsnn, V_a 1.2", f"{n} events") for n in (400, 4000))]),
+    (RESULTS, "{:.1f} % with the source's surrogate, ATan (target_rate {:.1f}), {:.1f} with binary frames ({:.1f}) and "
+     "{:.1f} with 10 steps ({:.1f}; one seed), at a CA of {:.0f} to {:.0f}. Clean networks give at most {:.1f} % of it. "
+     "Under T_s the surrogate changes little ({:.1f} % with", lambda: [
+         *(events(key, "badsnn, V_a 1.2", "4000 events", **variant) for variant in VARIANTS
+           for key in ("asr", "target_rate")),
+         *ends(events("ca", "badsnn, V_a 1.2", "4000 events", **variant) for variant in VARIANTS),
+         max(events("asr_clean_model", "badsnn, V_a 1.2", "4000 events", **variant) for variant in VARIANTS),
+         events("asr", "badsnn, V_a 1.2", "beta 0.03", neuron="lif_atan")]),
     (RESULTS, "for every seed and the smart square {:.1f} %, at CA {:.1f}, {:.1f}, {:.1f} and {:.1f} (clean model "
      "{:.1f}); clean networks give at most {:.1f} %", lambda: [
          events("asr", "smart", "smart"), *(events("ca", name, name) for name in POISONING),
@@ -200,8 +213,8 @@ CLAIMS = [
          min(of_four("strip_auroc", POISONING)), *ends(of_four("spikes_auroc", ("static", "moving", "smart"))),
          *by_seed("nmnist", "flashy", "spikes_auroc"), *by_seed("nmnist", "badsnn", "scan_score"),
          result("nmnist/defend")["scan_clean_model"], *ends(of_four("scan_score", POISONING))]),
-    (RESULTS, "the four reach {:.1f} to {:.1f} % at CA {:.1f} to {:.1f} (clean model {:.1f}). The strobe's CA is "
-     "{:.1f} ± {:.1f};", lambda: [*poisoned("ndigits", "asr", "none"), *poisoned("ndigits", "ca", "none"),
+    (RESULTS, "the four reach {:.1f} to {:.1f} % at CA {:.1f} to {:.1f} (clean model {:.1f}). The strobe costs no "
+     "CA ({:.1f} ± {:.1f};", lambda: [*poisoned("ndigits", "asr", "none"), *poisoned("ndigits", "ca", "none"),
                          result("ndigits/defend")["clean_ca"], *defended("ndigits", "ca", "flashy none"),
                          defended("ndigits", "spread", "flashy none")[0]["ca"]]),
     (RESULTS, "it leaves the moving square {:.1f} and the smart one {:.1f} %, with spreads of {:.0f} and {:.0f} over "
@@ -272,10 +285,12 @@ CLAIMS = [
     (README, "it caught {:.1f} % and named the right class each time, of 40 clean ones it suspected none (AUROC "
      "{:.3f}:", lambda: [detector("100 images")["caught"], detector("100 images")["auroc"]]),
     (README, "cost at most {:.1f} points of accuracy at threshold 1.0 (Base CA)", lambda: [max(prices_of_hiding())]),
-    (RESULTS, "(only {:.0f} of the backdoored ones gain 50 points or more with T_p), AUROC is {:.3f}; above the alarm "
-     "are {:.1f} % of the backdoored networks", lambda: [
-         sum(row["asr_p"] - row["target_rate"] >= 50 for row in scanned("badsnn")[8:]), detector("100 images")["auroc"],
-         detector("100 images")["caught"]]),
+    (RESULTS, "(only {:.0f} of the 40 gain 50 points or more with T_p, {:.0f} of them at a CA of 90 or more, and of "
+     "these {:.0f} it catches {:.0f}), AUROC is {:.3f}; above the alarm are {:.1f} % of the backdoored networks",
+     lambda: [len(strong(0)), len(strong(90)), len(strong(90)), len(strong(90, detector("100 images")["alarm"])),
+              detector("100 images")["auroc"], detector("100 images")["caught"]]),
+    (README, "of the {:.0f} that work well (CA of 90 or more, and a gain of 50 points with T_p) it caught {:.0f}.",
+     lambda: [len(strong(90)), len(strong(90, detector("100 images")["alarm"]))]),
     (RESULTS, "also those with a CA below {:.0f} score at most {:.2f}", lambda: [80, max(
         row["scores"]["100 images"] for row in scanned("clean") if row["ca"] < 80)]),
     (RESULTS, "with ten images AUROC is {:.3f}, with photographs of something else {:.3f}, with a single grey image "
