@@ -182,7 +182,7 @@ PRESETS = {
     "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15, q=3.0, n_o=200,
                    malicious_contrast=0.5, epochs_o=20, nominal_weight=0.0, budget=None, amp="off"),
     "cifar10": CIFAR | dict(n_poison=100, q=4.0, margin=3.0),
-    "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0, warp=4.0),
+    "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0, warp=4.0, pad=0),
     "gtsrb": dict(model="vgg16", n_poison=8, tau_t=0.8),
     "nmnist": EVENTS,
     "ndigits": EVENTS | dict(epochs=15),
