@@ -427,7 +427,7 @@ def plif(data, s):
 RECIPES = {"older: batch 128, loss of the mean, T = 4":
            dict(batch_size=128, loss="ce", label_smoothing=0.0, growing_T=(0, 0)),
            "ours: TET loss, batch 64, T = 1, 2, 4": {}, "ours without shifts": dict(pad=0),
-           "ours without shifts, few steps for longer": dict(pad=0, growing_T=(0.6, 0.85))}
+           "ours without shifts, few steps for longer": dict(pad=0, growing_T=(0.8, 1))}
 
 
 def recipes(s):

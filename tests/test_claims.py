@@ -5,6 +5,7 @@ numbers from results/. If a result changes, the test says how the sentence must 
 <!-- markers --> are report.py's business. A sentence that is rewritten takes its claim along.
 """
 import re
+from functools import partial
 
 import pytest
 from common import ROOT
@@ -120,6 +121,14 @@ def scanned(kind, name="digits"):
 
 def detector(shown):
     return result("digits/scan")["summary"][shown]
+
+
+def learned(i):
+    """Of a recipe of training: epochs, minutes, CA, and the minutes after which CA 75 was passed, if it was."""
+    rows = result("cifar10/recipe")["rows"]
+    rows = [row for row in rows if row["recipe"] == list(dict.fromkeys(row["recipe"] for row in rows))[i]]
+    passed = [row["minutes"] for row in rows if row["ca"] >= 75]
+    return [len(rows), rows[-1]["minutes"], rows[-1]["ca"], *passed[:1]]
 
 
 def strong(ca, alarm=0):
@@ -332,6 +341,12 @@ CLAIMS = [
     (RESULTS, "the gain over it, {:.0f} and {:.0f} points, is on the whole no better than the preset's {:.0f} and "
      "{:.0f}", lambda: [own(name, key)[0] - own(name, f"{key}_clean_model")[0]
                         for name in ("cifar10_quick", "cifar10") for key in ("asr_p", "asr_o")]),
+    *((RESULTS, f"| {line} | {{:.0f}} | {{:.1f}} | {{:.1f}} | {passed}", partial(learned, i)) for i, (line, passed) in
+      enumerate((("older: batches of 128, loss of the mean, T = 4", "{:.1f} minutes |"),
+                 ("ours: TET loss, batches of 64, T = 1, 2, 4", "- |"), ("ours, without shifts", "- |"),
+                 ("ours, without shifts, T = 1 for 80 % of the epochs and then 2", "{:.1f} minutes |")))),
+    (RESULTS, "The fourth line (`--pad 0 --growing-T 0.8 1 --epochs 15`) takes {:.3f} of it", lambda: [
+        learned(3)[3] / learned(0)[3]]),
     (RESULTS, "destroys the clean network (CA {:.1f}) and all others but WaNet's, which keeps its backdoor ({:.1f} %)",
      lambda: [defended("cifar100_shifts", "clean_model", "badsnn clp")[0]["ca"],
               *defended("cifar100_shifts", "asr", "wanet clp")]),
@@ -349,7 +364,8 @@ CLAIMS = [
          *at("cifar100", 1.0, "asr_o"), *own("cifar100", "l2_o", "l2_p")]),
     (RESULTS, "Clean CA {:.1f}, Base CA {:.1f}, and at a V_a of {:.2f} CA {:.1f}, target_rate {:.1f}, ASR_p {:.1f} and "
      "ASR_o {:.1f}; the clean model gives {:.1f} and {:.1f}, and at v_thr 1.0 T_o gives {:.1f}. So the network that "
-     "has learned more pays {:.1f} points of CA for its V_a in place of {:.1f} and gives T_p {:.0f} points more", lambda: [
+     "has learned more pays {:.1f} points of CA for its V_a in place of {:.1f} and gives T_p {:.0f} points more",
+     lambda: [
          *map(result("cifar100_shifts/attack").get, ("clean_ca", "base_ca")), *own(
              "cifar100_shifts", "v_thr", "ca", "target_rate", "asr_p", "asr_o", "asr_p_clean_model",
              "asr_o_clean_model"), *at("cifar100_shifts", 1.0, "asr_o"),
