@@ -123,6 +123,12 @@ def detector(shown):
     return result("digits/scan")["summary"][shown]
 
 
+def mapped(key, *cell):
+    """A cell of Fig. 3 on GTSRB."""
+    rows = result("gtsrb/heatmap")["rows"]
+    return next(row[key] for row in rows if (row["v_thr_t"], row["v_thr"], row["tau"]) == cell)
+
+
 def learned(i):
     """Of a recipe of training: epochs, minutes, CA, and the minutes after which CA 75 was passed, if it was."""
     rows = result("cifar10/recipe")["rows"]
@@ -371,6 +377,12 @@ CLAIMS = [
              "asr_o_clean_model"), *at("cifar100_shifts", 1.0, "asr_o"),
          *(result(f"{name}/attack")["base_ca"] - own(name, "ca")[0] for name in ("cifar100", "cifar100_shifts")),
          own("cifar100", "asr_p")[0] - own("cifar100_shifts", "asr_p")[0]]),
+    (RESULTS, "no attack by T_p anywhere (at most {:.1f} %)", lambda: [max(
+        row["asr_p"] for row in result("gtsrb/heatmap")["rows"] if row["v_thr_t"] == 0.8)]),
+    (RESULTS, "{:.1f} % at 1.2, and falls to {:.1f} at 1.3; with 1.5 it rises on, {:.1f} and {:.1f} %", lambda: [
+        mapped("asr_p", v_thr_t, v_thr, 0.5) for v_thr_t in (1.2, 1.5) for v_thr in (1.2, 1.3)]),
+    (RESULTS, "gives {:.1f} % with a tau_a of 0.3, {:.1f} with 0.5 and {:.1f} with 0.7, at a CA of {:.1f}, {:.1f} and "
+     "{:.1f}", lambda: [mapped(key, 1.5, 1.1, tau) for key in ("asr_p", "ca") for tau in (0.3, 0.5, 0.7)]),
     (RESULTS, "BadNets {:.1f}, Blended {:.1f} and WaNet {:.1f} % are learned at a CA at most {:.1f} points below the "
      "clean model's {:.1f}; BadSNN has {:.1f} % with T_p (clean model {:.1f}) at a V_a of {:.2f}", lambda: [
          *of_classics("asr", "none", "cifar10_w48"), result("cifar10_w48/defend")["clean_ca"] - min(of_classics(
