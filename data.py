@@ -166,8 +166,8 @@ def _convert(name, path, T):
         raise
     except Exception as error:
         by_hand = BY_HAND.get(name, "the packages of requirements.txt into this Python").format(root=path.parent)
-        raise ValueError(f"{name} could not be downloaded or read ({type(error).__name__}: {error}); put {by_hand} by "
-                         f"hand, or {path} with {', '.join(KEYS)}") from error
+        raise ValueError(f"{name} could not be downloaded or read ({error!r}); put {by_hand} by hand, or {path} "
+                         f"with {', '.join(KEYS)}") from error
     with replace_file(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
     return data
