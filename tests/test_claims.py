@@ -416,8 +416,8 @@ CLAIMS = [
         defended("cifar100_shifts", key, "wanet none")[0] for key in ("asr", "ca", "target_rate")]),
     (RESULTS, "has {:.1f} % with T_o (clean model {:.1f}) at a V_a of {:.2f}. Fine-tuning leaves T_o at {:.1f} %, ANP "
      "at {:.1f} and TSBD at {:.1f}; NAD at {:.1f}; CLP takes CA to {:.1f} and leaves T_o at {:.1f} and T_p at {:.1f} "
-     "%. Setting the threshold back leaves T_o at {:.1f} and T_p at {:.1f} %, at a CA of {:.1f}, after fine-tuning T_o at "
-     "{:.1f}.", lambda: [
+     "%. Setting the threshold back leaves T_o at {:.1f} and T_p at {:.1f} %, at a CA of {:.1f}, after fine-tuning T_o "
+     "at {:.1f}.", lambda: [
          *(defended("cifar100", key, "badsnn none")[0] for key in ("asr", "asr_clean_model", "v_thr")),
          *defended("cifar100", "asr", *(f"badsnn {defense}" for defense in ("fine_tune", "anp", "tsbd", "nad"))),
          *(defended("cifar100", key, "badsnn clp")[0] for key in ("ca", "asr", "asr_p")),
