@@ -59,7 +59,7 @@ def story(data, s):
     """The attack, and on its first seed three answers of a defender: the threshold set back, fine-tuning, and the
     threshold scan, which looks at the shipped model before it is used. Writes story.json and returns it."""
     started, fresh = time.time(), s.fresh
-    result, earlier = badsnn.attack(data, s)
+    result, _ = badsnn.attack(data, s)
     s, attacked, first = replace(s, fresh=False), time.time(), result["runs"][0]    # its models are there now
 
     def run():
@@ -82,9 +82,10 @@ def story(data, s):
                     scan={name: dict(score=r["score"], accused=r["accused"]) for name, r in scan.items()})
     deciders = dict(s.of(), inputs=fingerprint(*all_of(data), result["made_from"], runs.code_of(*CODE)))
     told, _ = runs.kept(runs.folder_of(data, s) / "story.json", deciders, run, fresh)
-    trained = 0 if earlier else sum(max(one["training_seconds"]) for one in result["runs"])
-    return dict(told, phases={"training, the longer of two side by side": round(trained), "attack, all of it":
-                              round(attacked - started), "answers of the defender": round(time.time() - attacked)})
+    trained = sum(max(one["training_seconds"]) for one in result["runs"])
+    phases = {"training, the longer of two side by side": trained} if trained < attacked - started else {}
+    return dict(told, phases=phases | {"attack, all of it": attacked - started,     # no training: it was there before
+                                       "answers of the defender": time.time() - attacked})
 
 
 def as_shipped(model, v_thr_a, s):
