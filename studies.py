@@ -436,7 +436,7 @@ def recipes(s):
     for name in RECIPES["older: batch 128, loss of the mean, T = 4"] | {"pad": 0}:
         if getattr(s, name) != getattr(settings.preset(s.dataset), name):
             raise ValueError(f"recipe sets {settings.flag(name)} itself; leave it out")
-    return [replace(s, **change) for change in RECIPES.values()]
+    return list(dict.fromkeys(replace(s, **change) for change in RECIPES.values()))     # cifar100 has no shifts
 
 
 def recipe(data, s):

@@ -141,6 +141,13 @@ def test_no_variant_of_the_events_study_runs_twice():
         assert len(variants) == len(set(variants)) >= 3
 
 
+def test_no_recipe_runs_twice():
+    """The preset of CIFAR-100 has no shifts to leave out."""
+    for name, n in (("digits", 4), ("cifar10", 4), ("cifar100", 3)):
+        variants = studies.recipes(settings.preset(name))
+        assert len(variants) == len(set(variants)) == n
+
+
 def test_defend_and_study_on_events(workplace, monkeypatch):
     """Events have their own attacks and defences, and a study in which T_s meets them."""
     for name, budget in dict(fine_tune=dict(epochs=1), anp=dict(iterations=1)).items():
