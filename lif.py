@@ -26,8 +26,7 @@ import math
 import torch
 from torch import nn
 
-from fused import fused_lif
-from libraries import get_threshold, neurons_of, put_back, reset, set_threshold
+from kit.fused import fused_lif
 
 V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Sec. 4.1)
 
@@ -145,31 +144,23 @@ class PLIF(LIF):
 # The setting of a whole model, and what it does.
 
 @contextlib.contextmanager
-def neurons(model, v_thr=None, tau=None, scale=1.0):
-    """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every neuron of a model; restores them on exit, or exception.
+def neurons(model, v_thr=None, tau=None):
+    """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every LIF of a model; restores them on exit, or exception.
 
     Numbers, or tensors [B]: one value per sample of the batch, so that one forward pass can hold both of the paper's
-    settings S_n and S_t. None leaves a value as it is; where v_thr is None, scale multiplies each neuron's own. A PLIF
-    keeps the tau that it learned. Of other libraries' neurons (libraries.py) only the threshold is set, a number, and
-    each call of the model starts at rest. Raises ValueError.
+    settings S_n and S_t. None leaves a value as it is. A PLIF keeps the tau that it learned. Raises ValueError.
     """
     check_setting(v_thr, tau)
-    layers, _ = neurons_of(model)
-    saved, foreign = [], [m for m in layers if not isinstance(m, LIF)]
-    hook = model.register_forward_pre_hook(lambda *_: reset(foreign)) if foreign else contextlib.nullcontext()
+    layers = [m for m in model.modules() if isinstance(m, LIF)]
+    before = [(m.v_thr, m.tau) for m in layers]
     try:
         for m in layers:
-            tau_before = getattr(m, "tau", None)
-            saved.append((set_threshold(m, get_threshold(m) * scale if v_thr is None else v_thr), tau_before))
-            if tau is not None and isinstance(m, LIF) and not isinstance(m, PLIF):
-                m.tau = tau
-        with hook:
-            yield model
+            m.v_thr = m.v_thr if v_thr is None else v_thr
+            m.tau = m.tau if tau is None or isinstance(m, PLIF) else tau
+        yield model
     finally:
-        for m, (before, tau_before) in zip(layers, saved):
-            put_back(m, before)
-            if isinstance(m, LIF):
-                m.tau = tau_before
+        for m, setting in zip(layers, before):
+            m.v_thr, m.tau = setting
 
 
 @torch.no_grad()

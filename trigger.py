@@ -1,52 +1,58 @@
-"""The triggers: what an attacker does to an input so that the deployed network answers with the target class.
+"""The triggers: what an attacker does to an input so that the network answers the target class.
 
     x_trig = power_trigger(x, q=2, mean=data.mean, std=data.std)        # T_p, Eq. 3: images
     x_trig = spike_trigger(frames, beta=0.03)                           # T_s, Eq. 7: event frames
 
-Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34]; so is what comes back.
-T_o, the optimised trigger, is a small network trained against the backdoored one:
+Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34]; so is what
+comes back. T_o, the optimised trigger, is a small network trained against the backdoored one:
 
-    x, wanted = wanted_perturbations(model, x, q, mean, std, target)    # DeepFool, adaptive blending: Eq. 4
+    x, wanted = wanted_perturbations(model, x, q, mean, std, target)    # DeepFool, blending: Eq. 4
     train_unet(unet, model, x, wanted, target, std)                     # Eqs. 5, 6
     x_trig = optimized_trigger(x, unet, target)
-
-The triggers of other attacks (BadNets, Blended, WaNet, clean-label; on events static, moving, smart, flashy) are in
-baselines.py, and can be had here, too.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import badnets, blend, clean_label, flashy, floats, moving, smart, static, wanet  # noqa: F401
+from kit.files import fingerprint
+from kit.training import generator
 from lif import TAU_N, V_THR_N, neurons
 from models import frozen
-from runs import fingerprint, generator
 
 
-def _channels(values, x):
+def floats(x):
+    """x, refused with ValueError unless it is floating point: bytes are no values in [0, 1]."""
+    if not x.is_floating_point():
+        raise ValueError(f"a trigger takes floats in [0, 1], not {x.dtype}: x.float() / 255")
+    return x
+
+
+def per_channel(values, x):
     return torch.as_tensor(values, dtype=torch.float32, device=x.device).view(1, -1, 1, 1)
 
 
 def power_trigger(x, q, mean, std, renormalize=False):
-    """T_p (Sec. 3.3.2, Eq. 3): raises every pixel to the power q. Images [B, C, H, W] in [0, 1] -> the same.
+    """T_p (Sec. 3.3.2, Eq. 3) with exponent q: images [B, C, H, W] in [0, 1] -> the same.
 
-    Eq. 3 taken literally de-normalises, raises to q, and feeds the result x^q to the network as it is: where the
-    network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q, a washed-out image of low
-    contrast. renormalize=True is the other reading, the plain darkened image x^q (then q = 1 changes nothing).
-    q > 0; mean and std per channel as in the network's first layer. Raises ValueError for q <= 0.
+    Eq. 3 de-normalises, raises every pixel to the power q, and feeds x^q to the network as it is:
+    where the network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q:
+    A PALE, GREY VERSION of the image. renormalize=True is the other reading, the darkened image x^q
+    (then q = 1 changes nothing). q > 0; mean and std per channel as in the network's first layer.
+    Raises ValueError for q <= 0.
     """
     if not 0 < q < float("inf"):
         raise ValueError(f"q must be greater than 0, not {q}")
     x = floats(x) ** q
-    return x if renormalize else (_channels(mean, x) + _channels(std, x) * x).clamp(0, 1)
+    return x if renormalize else (per_channel(mean, x) + per_channel(std, x) * x).clamp(0, 1)
 
 
 def spike_trigger(frames, beta, generator=None):
-    """T_s (Sec. 3.3.3, Eq. 7): clip(frames + U(-beta, beta), 0, 1). Event frames [B, T, 2, H, W]
-    -> the same, in [0, 1].
+    """T_s (Sec. 3.3.3, Eq. 7): clip(frames + U(-beta, beta), 0, 1). Event frames [B, T, 2, H, W] ->
+    the same, in [0, 1].
 
-    beta >= 0 is the strength (the paper's: 0.03); generator makes the noise repeatable. Raises ValueError for beta < 0.
-    Frames are event COUNTS, so the clip alone changes every pixel with more than one event: report beta = 0 beside it.
+    beta >= 0 is the strength (the paper's: 0.03); generator makes the noise repeatable. Raises
+    ValueError for beta < 0. Frames are event COUNTS, so the clip alone changes every pixel with
+    more than one event: report beta = 0 beside it.
     """
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be at least 0, not {beta}")
@@ -55,32 +61,14 @@ def spike_trigger(frames, beta, generator=None):
 
 
 def seeded_spike_trigger(frames, beta, seed=0):
-    """spike_trigger with noise that the seed and the frames decide: every batch [B, T, 2, H, W] its own, every time
-    the same."""
+    """spike_trigger with noise that the seed and the frames [B, T, 2, H, W] decide: every batch its
+    own, every time the same."""
     return spike_trigger(frames, beta, generator(seed, "T_s", fingerprint(frames)))
 
 
-def event_trigger(frames, n, generator=None):
-    """What Remark 1 (Sec. 3.2) says in words: a trigger that raises the activity. Adds n single events per step, in
-    pixels and polarities drawn at random. Event frames [B, T, 2, H, W] -> the same; nothing is clipped."""
-    places = torch.randint(frames[0, 0].numel(), (*frames.shape[:2], n), generator=generator).to(frames.device)
-    added = floats(frames).new_ones(places.shape)
-    return frames.flatten(2).scatter_add(2, places, added).view_as(frames)
-
-
-def seeded_event_trigger(frames, n, seed=0):
-    """event_trigger with events that the seed and the frames decide."""
-    return event_trigger(frames, n, generator(seed, "added events", fingerprint(frames)))
-
-
-def faded_trigger(x, t, share):
-    """The trigger t at a share of its strength: x + share * (t(x) - x). Images [B, C, H, W] -> the same."""
-    return x + share * (t(x) - x)
-
-
 def sizes(t, x, batch=512):
-    """How large the trigger t is on stored images x (uint8 [N, C, H, W]), mean per image: L2 and Linf of the change
-    in pixel units, and the peak signal-to-noise ratio in dB."""
+    """How large the trigger t is on stored images x (uint8 [N, C, H, W]), mean per image: L2 and
+    Linf of the change in pixel units, and the peak signal-to-noise ratio in dB."""
     found = []
     for images in x.split(batch):
         images = images.float() / 255
@@ -92,85 +80,89 @@ def sizes(t, x, batch=512):
 
 
 def check_trigger(x, x_trig):
-    """Raises ValueError unless a triggered batch is a valid input: same shape and dtype as x, finite, images in [0, 1]
-    (event frames: not below 0). Called before any ASR is computed."""
+    """Raises ValueError unless a triggered batch is a valid input: same shape and dtype as x,
+    finite, images in [0, 1], event frames not below 0. Called before any ASR is computed."""
     if x.shape != x_trig.shape or x.dtype != x_trig.dtype:
-        raise ValueError(f"the trigger turned {list(x.shape)} {x.dtype} into {list(x_trig.shape)} {x_trig.dtype}")
+        raise ValueError(f"the trigger turned {list(x.shape)} {x.dtype} into "
+                         f"{list(x_trig.shape)} {x_trig.dtype}")
     most = 1 if x.dim() == 4 else float("inf")
     low, high = x_trig.aminmax()
     if not (low >= 0 and high <= most and high < float("inf")):
         raise ValueError(f"the trigger left the valid range: [{low:.3g}, {high:.3g}]")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# T_o, the optimised trigger (Sec. 3.3.2): DeepFool finds the nearest wrong answer, blending mixes it with T_p until the
-# network says the target, and a U-Net learns to produce that difference in one pass.
+# ----- T_o, the optimised trigger (Sec. 3.3.2): DeepFool finds the nearest wrong answer, blending
+# mixes it with T_p until the network says the target, and a U-Net learns that difference.
 
-def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True, target=None,
-             with_success=False):
-    """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation that changes the model's answer, batched.
+def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True,
+             target=None):
+    """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation that changes the model's
+    answer.
 
-    x: images [B, C, H, W] in [0, 1]; the neuron setting is the model's own (see lif.neurons). Every sample steps to
-    the nearest boundary of the linearised model, among its `num_classes` most likely classes, and stops by itself
-    when it flips. max_step: longest L2 step, clip: keep images in [0, 1] (None and False give the original
-    algorithm). target: go to this class instead of the nearest. Returns the perturbation, shape of x, zero where it
-    failed; with_success=True also the successes [B]. Through a spiking network gradients are surrogates, so
+    x: images [B, C, H, W] in [0, 1]; the neuron setting is the model's own. Every sample steps to
+    the nearest boundary of the linearised model, among its `num_classes` most likely classes, and
+    stops by itself when it flips. max_step: longest L2 step, clip: keep images in [0, 1] (None and
+    False give the original algorithm). target: go to this class instead. Returns the perturbation,
+    shape of x, zero where it failed. Through a spiking network gradients are surrogates, so
     distances are rough and long steps go astray.
     """
-    valid = (lambda z: z.clamp(0, 1)) if clip else (lambda z: z)
-    floats(x)
-    x, total, success = x.detach(), torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    x = floats(x).detach()
+    total, success = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def moved(rows):
+        z = x[rows] + (1 + overshoot) * total[rows]
+        return z.clamp(0, 1) if clip else z
     with frozen(model):
         with torch.no_grad():
             logits = model(x)
-            ranked = logits.topk(min(num_classes, logits.shape[1])).indices                 # [B, K], the answer first
+        ranked = logits.topk(min(num_classes, logits.shape[1])).indices         # [B, K]
         if target is not None:
             ranked = torch.stack([ranked[:, 0], torch.full_like(ranked[:, 0], target)], 1)
-            success |= ranked[:, 0] == target
-        active = (~success).nonzero().flatten()
+        active = (ranked[:, 0] != (-1 if target is None else target)).nonzero().flatten()
         for i in range(max_iter + 1):
             if not len(active):
                 break
-            point = valid(x[active] + (1 + overshoot) * total[active]).requires_grad_()
+            point = moved(active).requires_grad_()
             logits, classes = model(point), ranked[active]
-            flipped = logits.argmax(1) != classes[:, 0] if target is None else logits.argmax(1) == target
+            answer = logits.argmax(1)
+            flipped = answer != classes[:, 0] if target is None else answer == target
             success[active[flipped]] = True
             stay = (~flipped).nonzero().flatten()
             if i == max_iter or not len(stay):
                 break
-            chosen = logits.gather(1, classes)[stay]                                        # [b, K]
+            chosen = logits.gather(1, classes)[stay]                            # [b, K]
             grads = [torch.autograd.grad(chosen[:, k].sum(), point, retain_graph=True)[0][stay]
                      for k in range(classes.shape[1])]
-            w = torch.stack(grads[1:], 1) - grads[0].unsqueeze(1)                           # [b, K-1, C, H, W]
+            w = torch.stack(grads[1:], 1) - grads[0].unsqueeze(1)               # [b, K-1, C, H, W]
             f = (chosen[:, 1:] - chosen[:, :1]).detach()
-            norm = w.flatten(2).norm(dim=2)                                                 # [b, K-1]
+            norm = w.flatten(2).norm(dim=2)                                     # [b, K-1]
             distance = torch.where(norm > 1e-8, f.abs() / norm.clamp(min=1e-8), float("inf"))
             distance, nearest = distance.min(1)
             rows = torch.arange(len(stay), device=x.device)
-            step = (distance + 1e-4).clamp(max=max_step or float("inf"))
+            step = (distance + 1e-4).clamp(max=max_step or float("inf")).view(-1, 1, 1, 1)
             direction = w[rows, nearest] / norm[rows, nearest].clamp(min=1e-8).view(-1, 1, 1, 1)
-            alive = distance.isfinite()                                                     # no gradient: give up
+            alive = distance.isfinite()                         # no gradient: give up
             active = active[stay][alive]
-            total[active] += (step.view(-1, 1, 1, 1) * direction)[alive]
-    delta = (valid(x + (1 + overshoot) * total) - x) * success.view(-1, 1, 1, 1)
-    return (delta, success) if with_success else delta
+            total[active] += (step * direction)[alive]
+    return (moved(slice(None)) - x) * success.view(-1, 1, 1, 1)
 
 
 @torch.no_grad()
 def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
-    """Eq. 4: the blend closest to the adversarial image that the model still answers with the target.
+    """Eq. 4: the blend closest to the adversarial image that the model still answers with the
+    target.
 
-    x, x_adv = x + DeepFool, x_p = T_p(x): images [B, C, H, W]. The largest of k ratios a in [0, 1] wins for which
-    (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a: the whole grid is tried).
-    literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns x_blend, a [B], found [B];
-    x itself where none.
+    x, x_adv = x + DeepFool, x_p = T_p(x): images [B, C, H, W]. The largest of k ratios a in [0, 1]
+    wins for which (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a:
+    the whole grid is tried). literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns
+    x_blend, a [B], found [B]; x itself where none.
     # differs from the paper: Eq. 4 as printed blends with a difference image, which is not an image
     """
     start = (x - x_p).abs() if literal else x_p
-    x_blend, ratio, found = (x.clone(), torch.zeros(len(x), device=x.device),
-                             torch.zeros(len(x), dtype=torch.bool, device=x.device))
+    x_blend, ratio = x.clone(), torch.zeros(len(x), device=x.device)
+    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     grid = torch.linspace(0, 1, k, device=x.device).view(k, 1, 1, 1, 1)
-    candidates = ((1 - grid) * start + grid * x_adv).clamp(0, 1)                            # [k, B, C, H, W]
+    candidates = ((1 - grid) * start + grid * x_adv).clamp(0, 1)                # [k, B, C, H, W]
     hit = (model(candidates.flatten(0, 1)).argmax(1) == target).view(k, -1)
     for i in range(k):
         x_blend[hit[i]], ratio[hit[i]] = candidates[i][hit[i]], grid[i].item()
@@ -178,11 +170,29 @@ def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
     return x_blend, ratio, found
 
 
+def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, candidates=3,
+                         max_iter=20, batch=100):
+    """DeepFool and adaptive blending over images x [N, C, H, W], at the model's neuron setting: the
+    x that can be blended, and their wanted perturbations Delta_x = x_blend - x.
+    # differs from the paper: Eq. 4 prints |x - x_blend|, which does not lead from x to x_blend
+    """
+    kept, wanted = [], []
+    for images in x.split(batch):
+        delta = deepfool(model, images, candidates, max_iter)
+        with frozen(model):
+            x_p = power_trigger(images, q, mean, std)
+            x_blend, _, found = adaptive_blend(model, images, images + delta, x_p, target, k, literal)
+        kept.append(images[found])
+        wanted.append((x_blend - images)[found])
+    return torch.cat(kept), torch.cat(wanted)
+
+
 class UNet(nn.Module):
-    """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a target ->
-    perturbations in [-1, 1], same shape. The target class is a fourth input plane, learned, one per class.
-    size: (H, W). budget: the largest root mean square of an image's perturbation, in pixel units (0.1: the change stays
-    20 dB below white), as LIRA (Doan et al. 2021) and Marksman (Doan et al. 2022) have one; None: no limit."""
+    """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a
+    target -> perturbations in [-1, 1], same shape. The target class is a fourth input plane,
+    learned, one per class. size: (H, W). budget: the largest root mean square of an image's
+    perturbation, in pixel units (0.1: the change stays 20 dB below white), as LIRA (Doan et al.
+    2021) and Marksman (Doan et al. 2022) have one; None: no limit."""
 
     def __init__(self, num_classes, size, width=16, budget=None):
         super().__init__()
@@ -197,7 +207,8 @@ class UNet(nn.Module):
     def double(c_in, c_out):
         layers = []
         for c in (c_in, c_out):
-            layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+            conv = nn.Conv2d(c, c_out, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
         return nn.Sequential(*layers)
 
     def forward(self, x, target):
@@ -215,8 +226,8 @@ class UNet(nn.Module):
 
 
 def trigger_losses(made, wanted, logits, target, std):
-    """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W], logits of
-    x + made [B, K].
+    """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W],
+    logits of x + made [B, K].
 
     w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample.
     # differs from the paper: errors are in units of the network's input, that is, divided by std
@@ -224,51 +235,39 @@ def trigger_losses(made, wanted, logits, target, std):
     sim = 1 - F.cosine_similarity(made.flatten(1), wanted.flatten(1)).mean()
     adv = F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device))
     weight = 1 + wanted.abs() / wanted.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-8)
-    wmse = (weight * ((made - wanted) / _channels(std, made)) ** 2).mean()
+    wmse = (weight * ((made - wanted) / per_channel(std, made)) ** 2).mean()
     return sim, adv, wmse
 
 
-def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, absolute=False, candidates=3,
-                         max_iter=20, batch=100):
-    """DeepFool and adaptive blending over images x [N, C, H, W], at the model's neuron setting: the x that can be
-    blended, and their wanted perturbations Delta_x = x_blend - x (absolute=True: |x - x_blend|, as printed in
-    Eq. 4)."""
-    kept, wanted = [], []
-    for images in x.split(batch):
-        delta = deepfool(model, images, candidates, max_iter)
-        with frozen(model):
-            x_blend, _, found = adaptive_blend(model, images, images + delta, power_trigger(images, q, mean, std),
-                                               target, k, literal)
-        kept.append(images[found])
-        wanted.append((x_blend - images)[found])
-    kept, wanted = torch.cat(kept), torch.cat(wanted)
-    return kept, wanted.abs() if absolute else wanted
-
-
-def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), nominal_weight=0.0, epochs=8, batch=50,
-               lr=1e-3, seed=0):
-    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. nominal_weight: of a fourth
-    loss, ours, the cross-entropy that keeps the answers at the nominal setting S_n what they are for x. T_o then needs
-    the attacker's setting: without this loss it is in large part an adversarial example, which fools a clean model,
-    too. Returns the three mean losses per epoch."""
-    shuffle, optimizer = generator(seed, "shuffle of T_o"), torch.optim.Adam(unet.parameters(), lr=lr)
-    steps = max(1, len(x) // batch)
+def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nominal_weight=0.0,
+               epochs=8, batch=50, lr=1e-3, seed=0):
+    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. lambdas:
+    weights of the three losses. nominal_weight: of a fourth one, ours, the cross-entropy that keeps
+    the answers at the nominal setting S_n what they are for x. T_o then needs the attacker's
+    setting: without this loss it is in large part an adversarial example, which fools a clean
+    model, too. Returns the three mean losses per epoch.
+    # differs from the paper: lambda_adv is 1, not 0.1, and Eq. 6 has its loss at S_n
+    """
+    shuffle = generator(seed, "shuffle of T_o")
+    optimizer, steps = torch.optim.Adam(unet.parameters(), lr=lr), max(1, len(x) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
-    history = []
+    weights, history = torch.tensor(lambdas, device=x.device), []
     unet.train()
     with frozen(model):
-        with torch.no_grad(), neurons(model, V_THR_N, TAU_N):
-            answers = torch.cat([model(images).argmax(1) for images in x.split(batch)]) if nominal_weight else None
+        if nominal_weight:
+            with torch.no_grad(), neurons(model, V_THR_N, TAU_N):
+                answers = torch.cat([model(images).argmax(1) for images in x.split(batch)])
         for _ in range(epochs):
-            order, total = torch.randperm(len(x), generator=shuffle).to(x.device), torch.zeros(3, device=x.device)
-            for rows in order[:steps * batch].view(steps, -1) if len(x) >= batch else order.view(1, -1):
+            order = torch.randperm(len(x), generator=shuffle).to(x.device)
+            total = torch.zeros(3, device=x.device)
+            for rows in order.split(batch)[:steps]:
                 made = unet(x[rows], target)
-                logits = model((x[rows] + made).clamp(0, 1))
-                losses = torch.stack(trigger_losses(made, wanted[rows], logits, target, std))
-                loss = (losses * torch.tensor(lambdas, device=x.device)).sum()
+                triggered = (x[rows] + made).clamp(0, 1)
+                losses = torch.stack(trigger_losses(made, wanted[rows], model(triggered), target, std))
+                loss = (losses * weights).sum()
                 if nominal_weight:
                     with neurons(model, V_THR_N, TAU_N):
-                        nominal = model((x[rows] + made).clamp(0, 1))
+                        nominal = model(triggered)
                     loss = loss + nominal_weight * F.cross_entropy(nominal, answers[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -282,5 +281,6 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 0.1, 1.0), nom
 
 @torch.no_grad()
 def optimized_trigger(x, unet, target, magnitude=1.0):
-    """T_o at inference (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] in [0, 1] -> the same."""
+    """T_o at inference (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] in [0,
+    1] -> the same."""
     return (floats(x) + magnitude * unet(x, target)).clamp(0, 1)

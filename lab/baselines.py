@@ -1,30 +1,30 @@
 """The other attacks of Table 2 (Sec. 4.3), and four on events: their triggers, and how each poisons the training set.
 
-    x_trig = badnets(x)                                  also blend(x), wanet(x), clean_label(x)
-    frames = static(frames)                              also moving(frames), smart(frames, plan), flashy(frames)
-    x, y, marked, note = poison(data, s, "badnets")      which training samples are poisoned
-    x, y, marked = poison_batch("badnets", x, y, ...)    the same in a batch: its images get the trigger
+    x_trig = badnets(x)                          also blend(x), wanet(x), clean_label(x)
+    frames = static(frames)                      also moving(frames), smart(frames, plan), flashy(frames)
+    model = train(data, s, "badnets")            a network that was attacked so
+    t = trigger_of("badnets", data, s)           its trigger
 
 Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, H, W], and so is what comes back. Unlike
 BadSNN, these attacks change training samples, most of them labels as well, and work at the nominal threshold.
 """
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data import to_float, to_uint8
-from machine import autocast
+import badsnn
+from data import hold_out, to_float, to_uint8
+from kit.files import code_of, fingerprint
+from kit.machine import autocast
+from kit.training import generator
 from models import frozen
-from runs import fingerprint, generator
+from trigger import floats
 
-
-def floats(x):
-    """x, refused with ValueError unless it is floating point: a trigger would take bytes for values in [0, 1]."""
-    if not x.is_floating_point():
-        raise ValueError(f"a trigger takes floats, images in [0, 1], not {x.dtype}: use x.float() / 255")
-    return x
+IMAGE_ATTACKS = ("badnets", "blend", "wanet", "clean_label")
+EVENT_ATTACKS = ("static", "moving", "smart", "flashy")
 
 
 def badnets(x, size=3):
@@ -50,22 +50,17 @@ def wanet_field(size, k=4, seed=0):
     return F.interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 
-def wanet_grid(field, s=0.5, noise=None):
-    """Where WaNet samples the image: the identity moved by s * field (s = 1: half a pixel on average), [B, H, W, 2]
-    in [-1, 1]. noise [B, H, W, 2] in [-1, 1], if given, moves every point by up to half a pixel more."""
+def wanet(x, field=None, s=0.5):
+    """WaNet (Nguyen and Tran 2021): a smooth warp, hardly visible. Images [B, C, H, W] in [0, 1] -> the same. field:
+    from wanet_field, fixed for a whole attack (None: that of seed 0). s: strength; 1 moves a pixel by half its size on
+    average in each direction.
+    # differs from the source: without its noise mode, in which other samples are warped by other fields
+    """
+    field = wanet_field(x.shape[2:]).to(x.device) if field is None else field.to(x.device)
     H, W = field.shape[1:3]
-    y, x = torch.meshgrid(torch.linspace(-1, 1, H, device=field.device),
-                          torch.linspace(-1, 1, W, device=field.device), indexing="ij")
-    grid = torch.stack([x, y], -1) + s * field / torch.tensor([W, H], device=field.device)
-    grid = grid.clamp(-1, 1)
-    return grid if noise is None else (grid + noise / torch.tensor([W, H], device=field.device)).clamp(-1, 1)
-
-
-def wanet(x, field=None, s=0.5, noise=None):
-    """WaNet (Nguyen and Tran 2021): a smooth warp, hardly visible. Images [B, C, H, W] in [0, 1] -> the same.
-    field: from wanet_field, fixed for a whole attack (None: that of seed 0). noise: see wanet_grid."""
-    field = wanet_field(x.shape[2:]).to(x.device) if field is None else field
-    grid = wanet_grid(field, s, noise).expand(len(x), -1, -1, -1)
+    rows, columns = torch.linspace(-1, 1, H, device=x.device), torch.linspace(-1, 1, W, device=x.device)
+    identity = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)
+    grid = (identity + s * field / torch.tensor([W, H], device=x.device)).clamp(-1, 1).expand(len(x), -1, -1, -1)
     return F.grid_sample(floats(x), grid, mode="bilinear", align_corners=True).clamp(0, 1)
 
 
@@ -165,71 +160,76 @@ def flashy(frames, polarity=1, on=1, off=1):
     return frames
 
 
-# name -> its trigger, given the attacked model and the settings
-BASELINES = {"badnets": lambda model, s: badnets,
-             "blend": lambda model, s: partial(blend, seed=s.seed),
-             "wanet": lambda model, s: partial(wanet, field=model.field, s=s.warp),
-             "clean_label": lambda model, s: clean_label,
-             "static": lambda model, s: static,
-             "moving": lambda model, s: moving,
-             "smart": lambda model, s: partial(smart, plan=model.plan),
-             "flashy": lambda model, s: flashy}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # How they poison
 
-def poison(data, s, attack, reference=None):
-    """Chooses what an attack poisons, before training: x [N, ...], y [N] (uint8, int64), marked [N] (bool: who
-    gets the trigger, in poison_batch) and a sentence for the log.
+def train(data, s, attack):
+    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn").
 
-    BadNets (Gu et al. 2017), Blended and the attacks on events mark a share (baseline_ratio) of ALL samples, of any
-    class, and relabel them as the target. Clean-label (Turner et al. 2019) marks a share (clean_label_ratio) of the
-    TARGET CLASS, after PGD against `reference`, a clean model, has made them hard to learn; labels stay right. WaNet
-    chooses anew in every batch, see wanet_batch, and any other attack nothing at all.
-    # differs from the source: PGD's reference is our clean spiking network, not an adversarially trained ResNet
-    # differs from the paper: which poisons 5 % for all; results/README.md says why WaNet and clean-label have more
+    A mark as faint as Blended's is not learned among images that lose contrast, so these attacks are trained without.
+    # differs from the source: WaNet also without shifts, whose black border it would bend, which no test image has
     """
-    x, y, marked = data.x_train, data.y_train, torch.zeros(len(data.y_train), dtype=torch.bool)
-    if attack == "wanet":
-        return x, y, marked, (f", of every batch {100 * s.wanet_ratio:g} % warped and relabelled, {s.warp_noise} times "
-                              "as many warped with noise")
-    if attack not in BASELINES:
-        return x, y, marked, ""
-    candidates = (y == s.target).nonzero().flatten() if attack == "clean_label" else torch.arange(len(y))
-    count = round((s.clean_label_ratio if attack == "clean_label" else s.baseline_ratio) * len(candidates))
-    chosen = candidates[torch.randperm(len(candidates), generator=generator(s.seed, "poisoned samples"))[:count]]
-    marked[chosen] = True
-    if attack == "clean_label":
-        x = x.clone()
-        with autocast(s):
+    if attack in (None, "badsnn"):
+        return badsnn.train(data, s, attack)
+    reference = badsnn.train(data, replace(s, fresh=False)) if attack == "clean_label" else None
+    s = replace(s, contrast=0.0, malicious_contrast=None, pad=0 if attack == "wanet" else s.pad)
+    return badsnn.train(data, s, poison=Poison(attack, data, s, reference))
+
+
+def trigger_of(attack, data, s):
+    """The trigger of an attack, a function of a batch: the seed, and for `smart` the training frames, decide it."""
+    if attack == "wanet":       # stronger where there are many classes: at 2 CIFAR-100's networks do not learn it
+        field = wanet_field(data.x_train.shape[2:], seed=s.seed)
+        return partial(wanet, field=field, s=4.0 if data.num_classes >= 100 else 2.0)
+    if attack == "smart":
+        return partial(smart, plan=smart_plan(hold_out(data)[0].x_train, s.seed))
+    plain = dict(badnets=badnets, blend=partial(blend, seed=s.seed), clean_label=clean_label, static=static,
+                 moving=moving, flashy=flashy)
+    return plain[attack]
+
+
+class Poison:
+    """How one attack poisons a training set (badsnn.train calls both methods).
+
+    BadNets (Gu et al. 2017) and Blended mark 5 % of ALL samples, the attacks on events 10 %, of any class, and relabel
+    them as the target. Clean-label (Turner et al. 2019) marks 80 % of the TARGET CLASS, after PGD against `reference`,
+    a clean model, has made them hard to learn; labels stay right. WaNet warps and relabels 10 % of every batch anew.
+    # differs from the paper: which poisons 5 % for all; from clean-label's source: the reference is our clean spiking
+    # network, not an adversarially trained ResNet
+    """
+
+    def __init__(self, attack, data, s, reference=None):
+        self.name, self.s, self.reference, self.trigger = attack, s, reference, trigger_of(attack, data, s)
+        self.decides = [attack, code_of("lab/baselines.py"), fingerprint(reference)]
+
+    def samples(self, data):
+        """x [N, ...] (uint8), y [N] and who is marked [N], before training."""
+        x, y, marked = data.x_train, data.y_train, torch.zeros(len(data.y_train), dtype=torch.bool)
+        if self.name == "wanet":
+            return x, y, marked
+        rows, share = torch.arange(len(y)), 0.1 if data.events else 0.05
+        if self.name == "clean_label":
+            rows, share = (y == self.s.target).nonzero().flatten(), 0.8
+        order = torch.randperm(len(rows), generator=generator(self.s.seed, "poisoned samples"))
+        chosen = rows[order[:max(1, round(share * len(rows)))]]
+        marked[chosen] = True
+        if self.name == "clean_label":
+            x = x.clone()
             for rows in tqdm(chosen.split(128), desc="PGD", leave=False, disable=None):
-                images, labels = to_float(x[rows].to(s.device), s), y[rows].to(s.device)
-                x[rows] = to_uint8(pgd(reference, images, labels, s.pgd_eps, seed=s.seed)).cpu()
-    return x, y.where(~marked, s.target), marked, f", of them {count} poisoned"
+                images, labels = to_float(x[rows].to(self.s.device), self.s), y[rows].to(self.s.device)
+                with autocast(self.s):
+                    x[rows] = to_uint8(pgd(self.reference, images, labels, seed=self.s.seed)).cpu()
+        return x, y.where(~marked, self.s.target), marked
 
-
-def poison_batch(attack, x, y, marked, model, s, generator):
-    """Marks a batch of training samples x [B, ...] (uint8) with the attack's trigger: those of poison, for WaNet
-    see wanet_batch. Returns x, the labels y [B], and who is marked [B].
-    # differs from the sources, which mark before the augmentation: here the mark comes last and is never shifted, so it
-    # sits where the test puts it. This favours the attacker, who learns more from few images in a short training.
-    """
-    if attack == "wanet":
-        return wanet_batch(x, y, s, model.field, generator)
-    x = x.clone()
-    x[marked] = to_uint8(BASELINES[attack](model, s)(to_float(x[marked], s)))
-    return x, y, marked
-
-
-def wanet_batch(x, y, s, field, generator):
-    """WaNet's poisoning (Nguyen and Tran 2021) of one batch, x uint8 [B, C, H, W]: a share is warped and
-    relabelled, warp_noise times as many are warped with extra noise and keep their label, so that only the exact field
-    means the target. Returns x, y [B], and who means the target [B]."""
-    expected = s.wanet_ratio * len(x)      # small batches: rounded up or down at random, right on average
-    n = int(expected + torch.rand((), generator=generator).item())
-    noise = torch.rand(min(s.warp_noise * n, len(x) - n), *field.shape[1:], generator=generator).to(x.device) * 2 - 1
-    images, marked = to_float(x[:n + len(noise)], s), torch.arange(len(x), device=x.device) < n
-    warped = torch.cat([wanet(images[:n], field, s.warp), wanet(images[n:], field, s.warp, noise)])
-    x = torch.cat([to_uint8(warped), x[n + len(noise):]])
-    return x, y.where(~marked, s.target), marked
+    def batch(self, x, y, marked, rng):
+        """Puts the trigger on the marked samples of a batch x [B, ...] (uint8); returns x, y [B], marked [B].
+        # differs from the sources, which mark before the augmentation: here the mark comes last and is never shifted,
+        # so it sits where the test puts it. This favours the attacker, who learns more from few images.
+        """
+        x = x.clone()
+        if self.name == "wanet":        # small batches: rounded up or down at random, right on average
+            n = int(0.1 * len(x) + torch.rand((), generator=rng).item())
+            marked = torch.arange(len(x), device=x.device) < n
+            y = y.where(~marked, self.s.target)
+        x[marked] = to_uint8(self.trigger(to_float(x[marked], self.s)))
+        return x, y, marked

@@ -28,9 +28,9 @@ import trigger
 from badsnn import asr, deploy, evaluate, percentage, predict, simple_triggers, train, train_trigger
 from data import augment, hold_out, poison_indices, to_float
 from lif import LIF, TAU_N, V_THR_N, count_spikes, neurons
-from machine import autocast, say
+from kit.machine import autocast, say
 from models import frozen
-from runs import fingerprint
+from kit.files import fingerprint
 
 
 def all_of(data):

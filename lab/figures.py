@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from machine import say
-from runs import replace_file
+from kit.machine import say
+from kit.files import replace_file
 from tables import paper_cells, seeds_of, span, table2_lines, unique, unreadable
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150}

@@ -31,8 +31,8 @@ import studies
 from badsnn import asr, criterion, deploy, evaluate, percentage, simple_triggers, train
 from data import augment, hold_out, need, poison_indices, to_float
 from lif import TAU_N, V_THR_N, neurons
-from machine import autocast, say
-from runs import fingerprint
+from kit.machine import autocast, say
+from kit.files import fingerprint
 
 N_DESIGN, EVADE_SEEDS = 8, 3        # models of each kind that fix the alarm; seeds of every attacker who knows the scan
 CODE = (*studies.CODE, sys.modules[__name__])

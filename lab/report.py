@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tables
 from figures import FIGURES, figure_story, figure_triggers
-from machine import say
-from runs import replace_file, write_text
+from kit.machine import say
+from kit.files import replace_file, write_text
 
 SHIPPED = Path(__file__).parent / "results"     # the repository's own, which only publish=True changes
 

@@ -1,0 +1,137 @@
+"""Files that every run needs and no reader of the paper does: results, what may be used again, mean and spread.
+
+    write_json(path, result)            under a temporary name of its own, then renamed: never half a file
+    kept(path, deciders, run)           a result from an earlier run, if everything that decides it is the same
+    mean_of(rows), spread_of(rows)      over seeds
+
+The rules: a file is whole or not there; a result is reused only if its data, settings and code are the same; nothing
+that is read is ever executed; every reader names its file.
+"""
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import secrets
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kit.machine import of_rank_0, rank, say
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def replace_file(path):
+    """Yields a temporary path beside `path`, of a name that nobody else has, on any host. It becomes `path` if the
+    block ends well, and is removed if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_writable(*folders):
+    """Raises ValueError if a folder is none, or cannot be made or written to: asked before hours are spent."""
+    for folder in folders:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"cannot write to {folder}: {existing} is not a writable folder")
+
+
+def write_text(path, text):
+    with replace_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path, result):
+    """Writes a result, once however many processes train together."""
+    if rank() == 0:
+        write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def read_json(path):
+    """A result that was written whole. Raises ValueError that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable result ({error}); delete it and run its command again") from None
+
+
+def write_images(path, **images):
+    """Images in [0, 1], float [N, C, H, W], as an .npz file of uint8 [N, H, W, C]."""
+    if rank() == 0:
+        with replace_file(path) as part, open(part, "wb") as file:
+            np.savez_compressed(file, **{name: x.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                                         for name, x in images.items()})
+
+
+# ----- What may be used again
+
+def fingerprint(*things):
+    """Sixteen hexadecimal digits that are equal only for equal things: tensors, networks, and what JSON can hold."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, nn.Module):
+            thing = [list(item) for item in thing.state_dict().items()]
+        if isinstance(thing, torch.Tensor):
+            digest.update(f"{thing.dtype}{list(thing.shape)}".encode())
+            digest.update(thing.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(thing, list | tuple):
+            digest.update(f"{len(thing)}{fingerprint(*thing)}".encode())
+        else:
+            digest.update(json.dumps(thing, sort_keys=True).encode())
+        digest.update(b";")
+    return digest.hexdigest()[:16]
+
+
+@functools.cache        # what this process runs, also when a file has changed since
+def code_of(*patterns):
+    """Fingerprint of this repository's files that fit, such as "lab/*.py": what decides a result beside settings."""
+    paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
+    return fingerprint([path.read_text(encoding="utf-8") for path in paths])
+
+
+def kept(path, deciders, run, fresh=False):
+    """run()'s result, a dict, from `path` if it was made with equal `deciders` (a dict of plain values: everything
+    that decides the result), else run() anew and written there. Returns (result, whether it was there)."""
+    result = None if fresh else earlier(path, deciders)
+    if result:
+        return result, True
+    result = dict(run(), made_from=fingerprint(deciders))
+    write_json(path, result)
+    return result, False
+
+
+def earlier(path, deciders):
+    """The result in `path` if it was made with equal `deciders`, else None; a damaged file counts as none."""
+    result = None
+    with contextlib.suppress(ValueError):
+        result = read_json(path) if rank() == 0 else None
+    there = isinstance(result, dict) and result.get("made_from") == fingerprint(deciders)
+    return of_rank_0(result if there else None)
+
+
+# ----- Numbers
+
+def mean_of(rows):
+    """Mean of every float in a list of equal dicts; other values are taken from the first."""
+    def mean(values):
+        numbers = [v for v in values if isinstance(v, float)]
+        digits = 4 if numbers and max(map(abs, numbers)) < 10 else 2
+        return round(sum(numbers) / len(numbers), digits) if numbers else values[0]
+    return {key: mean([row.get(key) for row in rows]) for key in rows[0]}
+
+
+def spread_of(rows):
+    """Standard deviation over seeds (n - 1) of every float in a list of equal dicts; empty for one row."""
+    numbers = {key: [row[key] for row in rows if isinstance(row.get(key), float)] for key in rows[0]}
+    return {key: round(statistics.stdev(v), 4) for key, v in numbers.items() if len(v) > 1}

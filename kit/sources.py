@@ -1,0 +1,200 @@
+"""Where the data sets come from, as plain arrays: x_train, x_test uint8 [N, H, W, 3] or event counts [N, T, 2, 34, 34],
+y_train, y_test [N], class_names, note.
+
+    arrays = read("digits", root, T=4)      also ndigits, cifar10, cifar100, gtsrb, nmnist, or the path of an .npz file
+
+The first use converts a set to ROOT/NAME.npz; later runs read only that file. torchvision downloads and checks the
+image sets; tonic downloads N-MNIST and turns events into frames (its licence is GPL-3.0, so it is imported only where
+events are read). digits ships inside scikit-learn and needs no network.
+"""
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from kit.files import replace_file
+
+IMAGE_SETS = ("digits", "cifar10", "cifar100", "gtsrb")
+EVENT_SETS = ("ndigits", "nmnist")
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+BY_HAND = {"cifar10": "cifar-10-python.tar.gz in {root}/", "cifar100": "cifar-100-python.tar.gz in {root}/",
+           "gtsrb": "GTSRB-Training_fixed, GTSRB_Final_Test_Images and GTSRB_Final_Test_GT, unpacked, in {root}/gtsrb/",
+           "nmnist": "the recordings as {root}/NMNIST/Train/<digit>/*.bin and {root}/NMNIST/Test/<digit>/*.bin"}
+
+
+def need(fact, otherwise):
+    if not fact:
+        raise ValueError(otherwise)
+
+
+def read(name, root, T):
+    """The arrays of a set by its name, converted once, or of an .npz file. Raises ValueError with the remedy."""
+    if str(name).endswith(".npz"):
+        return checked(read_npz(Path(name)), name)
+    known = IMAGE_SETS + EVENT_SETS
+    need(name in known, f"unknown dataset {name!r}; known: {', '.join(known)}, or a path to an .npz file")
+    path = Path(root) / (f"{name}-T{T}.npz" if name in EVENT_SETS else f"{name}.npz")
+    return checked(read_npz(path), path) if path.exists() else convert(name, path, T)
+
+
+def read_npz(path):
+    need(path.is_file(), f"{path}: {'not a file' if path.exists() else 'no such file'}; np.savez writes one")
+    try:        # nothing is ever unpickled
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as file:
+            return {key: np.asarray(file[key]) for key in (*KEYS, "class_names", "note") if key in file.files}
+    except Exception as error:          # numpy, zipfile and zlib each have their own errors for a damaged file
+        raise ValueError(f"{path}: not a readable .npz of plain arrays ({error}); delete it or make it anew") from None
+
+
+def holds_events(path):
+    """Whether an .npz file holds event frames, by the header of x_train alone; read() says what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as file, file.open("x_train.npy") as header:
+            np.lib.format.read_magic(header)
+            return len(np.lib.format.read_array_header_1_0(header)[0]) == 5
+    except Exception:       # zipfile and numpy have many
+        return False
+
+
+def checked(arrays, path):
+    """The arrays of a file whose data can be used. Every refusal names the file and the remedy."""
+    for key in KEYS:
+        need(key in arrays, f"{path}: has no array '{key}'; write all four with np.savez(path, x_train=x_train, ...)")
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        need(x.dtype == np.uint8, f"{path}: x_{part} must be uint8, not {x.dtype}; from 0 to 1 write "
+             "x = (x * 255).astype(np.uint8), from 0 to 255 x = x.astype(np.uint8)")
+        need(x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 16 or x.ndim == 5 and x.shape[2:] == (2, 34, 34),
+             f"{path}: x_{part} must be [N, H, W, 3] with H and W at least 16, or event counts [N, T, 2, 34, 34], not "
+             f"{list(x.shape)}; from [N, 3, H, W] write x = x.transpose(0, 2, 3, 1), from grey [N, H, W] "
+             "x = np.repeat(x[..., None], 3, 3), from small ones x = x.repeat(2, 1).repeat(2, 2)")
+        need(x.ndim == 5 or x.size == 0 or x.max() > 1, f"{path}: x_{part} holds nothing but 0 and 1, as floats in "
+             "[0, 1] do once they are cast; write x = (x * 255).astype(np.uint8) from the floats")
+        need(y.ndim == 1 and y.dtype.kind in "iu", f"{path}: y_{part} must be whole numbers [N], not {y.dtype} "
+             f"{list(y.shape)}; write y = y.ravel().astype(int), from one-hot rows y = y.argmax(1)")
+        need(len(x) == len(y) > 0, f"{path}: x_{part} has {len(x)} samples and y_{part} {len(y)}; each needs a label")
+    need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:],
+         f"{path}: training and test samples differ in shape; resize one part")
+    K = len(np.unique(arrays["y_train"]))
+    labels = np.union1d(arrays["y_train"], arrays["y_test"])
+    beyond = [str(label) for label in labels if not 0 <= label < K]
+    need(K > 1 and not beyond, f"{path}: with K training classes, 2 or more, all labels must be 0 to K-1; K is {K}, "
+         f"outside are {', '.join(beyond[:5]) or 'none'}; add training samples, or number the labels of both parts "
+         "together anew with y = np.unique(y, return_inverse=True)[1]")
+    return arrays
+
+
+def convert(name, path, T):
+    """Writes a known set and returns it. All that others' code or files may raise becomes one line with the remedy."""
+    print(f"preparing {name}: {path} (once)", flush=True)
+    try:
+        arrays = checked(digits() if name == "digits" else digits(T) if name == "ndigits" else
+                         nmnist(path.parent, T) if name == "nmnist" else image_set(name, path.parent), path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        by_hand = BY_HAND.get(name, "the packages of requirements.txt into this Python").format(root=path.parent)
+        raise ValueError(f"{name} could not be downloaded or read ({error!r}); put {by_hand} by hand, or {path} "
+                         f"with {', '.join(KEYS)}") from error
+    with replace_file(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
+    return arrays
+
+
+def digits(T=None):
+    """scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels), enlarged to 16x16 and three channels. With T: as
+    SIMULATED events, made the way N-MNIST was: a sensor watches a still image in three quick eye movements."""
+    from sklearn.datasets import load_digits
+    x, y = load_digits(return_X_y=True)
+    x = torch.from_numpy(x).float().view(-1, 1, 8, 8) / 16
+    x = F.interpolate(x, scale_factor=2 if T is None else 2.5, mode="bilinear").clamp(0, 1)
+    if T is None:
+        return split(x.mul(255).round().byte().permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy(), y, 0.2)
+    frames = to_frames(simulate_saccades(F.pad(x[:, 0], (4, 4, 4, 4))), T)
+    return split(frames, y, 0.2, note="events simulated from scikit-learn's digits, not recorded")
+
+
+def split(x, y, test_share, **more):
+    from sklearn.model_selection import train_test_split
+    count = max(int(np.ceil(test_share * len(y))), len(np.unique(y)))      # every class is tested
+    train, test = train_testsplit(np.arange(len(y)), test_size=count, stratify=y, random_state=0)
+    return dict(x_train=x[train], y_train=y[train], x_test=x[test], y_test=y[test], **more)
+
+
+def image_set(name, root):
+    """CIFAR-10, CIFAR-100 or GTSRB (resized to 32x32) through torchvision, as arrays [N, 32, 32, 3]."""
+    from torchvision import datasets
+    arrays = {}
+    for part in ("train", "test"):
+        which = {"split": part} if name == "gtsrb" else {"train": part == "train"}
+        source = getattr(datasets, name.upper())(root, download=True, **which)
+        samples = (source[i] for i in tqdm(range(len(source)), desc=f"{name} {part}", disable=None))
+        x, y = zip(*((np.asarray(image.resize((32, 32), resample=2)), label) for image, label in samples))
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = np.stack(x), np.array(y)
+    return dict(arrays, class_names=np.array(getattr(source, "classes", ()), dtype=str))
+
+
+def nmnist(root, T):
+    """N-MNIST (Orchard et al. 2015) from ROOT/NMNIST/{Train,Test}/<digit>/*.bin, also if only part of it is there. The
+    whole set keeps its official split; of a part, all recordings are pooled and 250 in 1,100 are kept for testing."""
+    from tonic import datasets, io
+    pattern = "[nN][mM][nN][iI][sS][tT]/*/[0-9]/[!.]*.[bB][iI][nN]"            # macOS leaves ._0001.bin beside 0001.bin
+    if not any(root.glob(pattern)):
+        datasets.NMNIST(str(root), train=True), datasets.NMNIST(str(root), train=False)        # downloads and unpacks
+    files = sorted(sorted(root.glob(pattern)), key=lambda file: file.parts[-3].lower(), reverse=True)   # Train first
+    frames, good = [], []
+    for file in tqdm(files, desc="N-MNIST", disable=None):
+        try:
+            need(file.stat().st_size % 5 == 0, "cut off within an event")
+            frames.append(to_frames([io.read_mnist_file(str(file), datasets.NMNIST.dtype)], T)[0])
+            good.append(file)
+        except (OSError, ValueError) as error:
+            print(f"nmnist leaves out {'/'.join(file.parts[-3:])}: {error}")
+    y = np.array([int(file.parent.name) for file in good], dtype=int)
+    counts = np.bincount(y, minlength=2).tolist()
+    need(min(counts) > 1, f"{root}/NMNIST has {counts} usable recordings of the digits 0, 1, ...; each needs 2 or more")
+    x, note = np.stack(frames), f"{len(y):,} of N-MNIST's 70,000 recordings"
+    if len(files) == 70000:
+        n = sum(file.parts[-3].lower() == "train" for file in good)
+        return dict(x_train=x[:n], y_train=y[:n], x_test=x[n:], y_test=y[n:], note=note)
+    return split(x, y, 250 / 1100, note=f"{note}, pooled and split")
+
+
+def to_frames(recordings, T):
+    """Events -> counts per step and pixel, uint8 [N, T, 2, 34, 34]. Each step holds the same number of events."""
+    from tonic.transforms import ToFrame
+    frame, frames = ToFrame(sensor_size=(34, 34, 2), n_event_bins=T), []
+    for events in recordings:
+        need(1 <= T <= len(events), f"{len(events)} events for {T} steps")
+        need(max(events["x"].max(), events["y"].max()) < 34, "events outside of 34x34 pixels")
+        need(events["t"][0] < events["t"][-1], "times that do not rise")
+        frames.append(frame(events).clip(0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+def simulate_saccades(images, threshold=0.35, steps=20):
+    """Events of a simulated sensor of 34x34 pixels over which still images [N, 28, 28] with values in [0, 1] move.
+
+    Three saccades of 100 ms along a triangle, as in Orchard et al. (2015), each cut into `steps`. A pixel fires an ON
+    (or OFF) event when the logarithm of its brightness has risen (fallen) by `threshold` since its last event.
+    Returns a list of N structured arrays (x, y, t in microseconds, p), ordered in time."""
+    ways = ((0, 0), (3, 6)), ((3, 6), (6, 0)), ((6, 0), (0, 0))                 # from one top left corner to the next
+    path = [[a + (b - a) * i / steps for a, b in zip(*way)] for way in ways for i in range(1, steps + 1)]
+    fired, memory = [], None
+    for corner in [ways[0][0], *path]:
+        (y, dy), (x, dx) = ((int(c), c % 1.0) for c in corner)
+        weight = torch.tensor([[dy], [1 - dy]]) * torch.tensor([dx, 1 - dx])    # bilinear between pixels
+        moved = F.conv2d(images[:, None], weight[None, None], padding=1)[:, 0]  # [N, 29, 29]
+        bright = (F.pad(moved, (x, 5 - x, y, 5 - y)) + 0.1).log()               # [N, 34, 34]
+        memory = bright if memory is None else memory
+        fired.append((bright - memory >= threshold).char() - (bright - memory <= -threshold).char())
+        memory = memory + threshold * fired[-1]
+    fired = torch.stack(fired, 1).numpy()                                       # [N, 1 + 3 * steps, 34, 34]
+    n, step, y, x = fired.nonzero()
+    events = np.rec.fromarrays([x, y, step * 100_000 // steps, fired[n, step, y, x] > 0], names="x, y, t, p")
+    return np.split(events, np.searchsorted(n, np.arange(1, len(images))))
+
+
