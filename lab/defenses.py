@@ -5,7 +5,7 @@
 
 x: a few clean images [N, C, H, W] in [0, 1], y: their labels [N]. Each returns a NEW model, leaves its argument as it
 was, and works at the model's own neuron setting (lif.neurons). None sees a trigger, and no setting was chosen on an
-ASR. augment: a function that shifts or mirrors a batch of images.
+ASR. augment: shifts or mirrors a batch of images. seed: for shuffles and noise.
 """
 import copy
 from contextlib import ExitStack
@@ -36,8 +36,8 @@ def defender_images(y, per_class, seed):
 def restore(model):
     """Sets every neuron back to v_thr = 1.0, tau = 0.5 (Sec. 4.1); a PLIF keeps the tau it learned, all weights stay.
 
-    The paper does not try this. It stops only who does not expect it, as a threshold is a unit: with BatchNorm's
-    weights and biases divided by V_a, a network spikes alike at 1.0 (VGG-16; in ResNet-19 shortcuts carry spikes)."""
+    The paper does not try this. It stops only who does not expect it, as a threshold is a unit: with BatchNorm's weights
+    and biases divided by V_a, a network spikes alike at 1.0 (VGG-16; ResNet-19 but for shortcuts that carry spikes)."""
     model = copy.deepcopy(model)
     for m in model.modules():
         if isinstance(m, LIF):
@@ -47,11 +47,10 @@ def restore(model):
 
 
 def fine_tune(model, x, y, epochs=20, lr=0.01, batch=32, augment=nn.Identity(), seed=0):
-    """Trains all weights (Sec. 4.3) on a few clean images x [N, C, H, W] in [0, 1] with labels y [N].
+    """Trains all weights (Sec. 4.3) on a few clean images x [N, C, H, W] with labels y [N].
 
     SGD with momentum 0.9, weight decay 5e-4 and a learning rate on a cosine, as in BackdoorBench (Wu et al. 2022).
-    # differs from the source: 20 epochs in batches of up to 32, not 100 in batches of up to 256: as many steps on the
-    # few images that a defender holds here (80 and 100 for 100 images), and a fifth of the time
+    # differs from the source: 20 epochs in batches of up to 32, not 100 of up to 256: as many steps on 100 images
     """
     student = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
@@ -80,8 +79,8 @@ def clp(model, u=3.0, x=None):
     """Channel Lipschitz pruning (Zheng et al. 2022), without data: a backdoor's channels react more strongly than most.
 
     In every layer, channels whose Lipschitz constants [C] exceed mean + u * standard deviation are switched off (u = 3:
-    Sec. 4.3). But of n numbers none lies more than (n - 1) / sqrt(n) standard deviations above their mean: a layer of
-    up to 10 channels never loses one, of 16 at most one. In narrow networks CLP does little, whatever the attack.
+    Sec. 4.3). Of n numbers none lies more than (n - 1) / sqrt(n) deviations above their mean, so a layer of up to 10
+    channels never loses one, of 16 at most one: in narrow networks CLP does little, whatever the attack.
     """
     model = copy.deepcopy(model)
     for conv, bn in conv_bn_pairs(model, x):
@@ -163,11 +162,10 @@ def anp(model, x, y, eps=0.4, alpha=0.5, lr=0.2, iterations=100, batch=32, keep=
     """Adversarial neuron pruning (Wu and Wang 2021): channels that a small change turns into the backdoor are pruned.
 
     Channels whose masks (anp_masks) end at or below a threshold are switched off. It rises from 0 to 0.9 in steps of
-    0.05 as long as a fifth of the images, of every class alike, on which no mask was learned, keeps `keep` times its
-    accuracy. x: images [N, C, H, W] in [0, 1], y: labels [N], N >= 2. eps, alpha: Sec. 4.3 (the source: alpha 0.2).
-    # differs from BackdoorBench (Wu et al. 2022): of the thresholds that keep the accuracy it takes the one with the
-    # lowest ASR, which no defender knows; from the source: 100 iterations of 32 images, not 2000 of 128, to fit a CPU
-    # (masks stay nearer to 1, the rule makes up for it), and the bias is switched off as well
+    0.05 as long as a fifth of the images, of every class, on which no mask was learned, keeps `keep` times its
+    accuracy. x: images [N, C, H, W], y: labels [N], N >= 2. eps, alpha: Sec. 4.3 (the source: alpha 0.2).
+    # differs from BackdoorBench (Wu et al. 2022), where the ASR chooses the threshold, which no defender knows; from the
+    # source: 100 iterations of 32 images, not 2000 of 128 (masks stay nearer to 1); the bias is switched off as well
     """
     order = torch.randperm(len(y), generator=generator(seed, "ANP held-out images"))
     order = order[y[order].cpu().argsort(stable=True)]              # by class, at random inside it
@@ -192,8 +190,8 @@ def accuracy(model, x, y):
 def anp_masks(model, x, y, eps, alpha, lr, iterations, batch, augment=nn.Identity(), seed=0):
     """ANP's masks in [0, 1], a dict from the names of BatchNorm layers to [C].
 
-    min over m of alpha * loss(m) + (1 - alpha) * max over noise of loss(m + noise): the network with masked channels
-    must stay good even when its weights and biases are disturbed by up to 2 eps. BatchNorm uses the batch's statistics.
+    min over m of alpha * loss(m) + (1 - alpha) * max over noise of loss(m + noise), with the batch's statistics: the
+    masked network must stay good even when its weights and biases are disturbed by up to 2 eps.
     """
     net = copy.deepcopy(model).train().requires_grad_(False)
     masks = {name: torch.ones_like(bn.weight, requires_grad=True) for name, bn in batch_norms(net).items()}
@@ -212,7 +210,7 @@ def anp_masks(model, x, y, eps, alpha, lr, iterations, batch, augment=nn.Identit
 
 
 def masked_loss(net, masks, x, y, noise):
-    """Cross-entropy with BatchNorm's weights times masks [C] + noise[0] and biases times 1 + noise[1]; noise: [2, C]."""
+    """Cross-entropy with BatchNorm's weights times mask [C] + noise[0], biases times 1 + noise[1]; noise [2, C]."""
     changed = {}
     for name, bn in batch_norms(net).items():
         changed[f"{name}.weight"] = bn.weight * (masks[name] + noise[name][0])
@@ -233,9 +231,9 @@ def tsbd(model, x, y, channel_share=0.15, weight_share=0.7, unlearn_lr=1e-3, max
     """Two-stage backdoor defence (Lin et al. 2024): weights that move when clean data are UNLEARNED are the backdoor's.
 
     1. unlearn  2. find the neurons (convolution channels) that changed most  3. set their most changed weights to zero
-    4. repair with fine-tuning that also punishes steep loss. x: images [N, C, H, W] in [0, 1], y: labels [N].
-    # differs from the source: unlearning at learning rate 1e-3, not 1e-4: an eighth of the epochs, and 93 % of the same
-    # neurons on digits (1e-2: 75 %), and at most 100, not 1000; batches of up to 32, not 256, shuffled
+    4. repair with fine-tuning that also punishes steep loss. x: images [N, C, H, W], y: labels [N].
+    # differs from the source: unlearning at rate 1e-3, not 1e-4: an eighth of the epochs, 93 % of the same neurons on
+    # digits (1e-2: 75 %), and at most 100, not 1000; batches of up to 32, not 256, shuffled
     """
     change = weight_change(model, unlearn(model, x, y, unlearn_lr, max_unlearn, batch, augment, seed))
     student = zero_reinit(model, change, channel_share, weight_share).train()
@@ -258,8 +256,7 @@ def unlearn(model, x, y, lr, max_epochs, batch=32, augment=nn.Identity(), seed=0
         model.train()
         for images, labels in epoch_of(x, y, batch, augment, rng):
             step(optimizer, -F.cross_entropy(model(images), labels))
-        p = probabilities(model, augment(x))
-        if (p.argmax(1) == y).float().mean() <= max(0.10, 1 / p.shape[1]):
+        if accuracy(model, augment(x), y) <= max(0.10, 1 / len(y.unique())):
             break
     return model.eval()
 
@@ -286,8 +283,8 @@ def zero_reinit(model, change, channel_share, weight_share):
 
 
 def activeness_aware_gradient(model, loss_of, r=0.05, a=0.7):
-    """Step 4: (1 - a) g1 + a g2, where g2 is the gradient a distance r further up the slope, per parameter tensor: it
-    favours flat minima, where no neuron is very active. loss_of: the loss, a function of the model.
+    """Step 4: (1 - a) g1 + a g2, with g2 the gradient a distance r further up the slope, per parameter tensor: it favours
+    flat minima, where no neuron is very active. loss_of: a function of the model.
     # differs from the source: BatchNorm's statistics are those of the first of the two passes; it makes a third
     """
     parameters = dict(model.named_parameters())
@@ -303,31 +300,21 @@ def nad(model, x, y, betas=(500, 1000, 1000), teacher_epochs=10, epochs=20, lr=0
         seed=0):
     """Neural attention distillation (Li et al. 2021): a fine-tuned copy teaches the model where to look.
 
-    The teacher is the model fine-tuned on the clean images; the student, the model again, learns the labels and the
-    teacher's attention maps in three stages, weighted by betas. x: images [N, C, H, W] in [0, 1], y: labels [N].
-    # differs from the source: 0.1 in its first two epochs leaves a clean CIFAR-10 network with a CA of 19 %, so its
-    # later rate, 0.01, from the start; batches of up to 32, not 64 (100 images: 80 steps, 780 there); no Cutout (2x2
-    # pixels there); the maps are of firing rates
+    The student, the model again, learns the labels and the teacher's attention maps in three stages, weighted by betas:
+    SGD with Nesterov momentum, weight decay 1e-4. x: images [N, C, H, W], y: labels [N].
+    # differs from the source: its rate from the third epoch on, 0.01, from the start, as its 0.1 leaves a clean CIFAR-10
+    # network with a CA of 19 %; batches of up to 32, not 64 (100 images: 80 steps; there 780); the teacher is
+    # fine_tune's, with its schedule; no Cutout (2x2 pixels there); the maps are of firing rates
     """
-    teacher = distill(model, None, x, y, betas, teacher_epochs, lr, batch, augment, seed)
-    return distill(model, teacher, x, y, betas, epochs, lr, batch, augment, seed)
-
-
-def distill(model, teacher, x, y, betas, epochs, lr, batch, augment, seed):
-    """A copy of the model, trained as NAD trains: SGD with Nesterov momentum and weight decay 1e-4. Without a teacher
-    this is plain fine-tuning, from which the teacher itself comes."""
-    student = copy.deepcopy(model).train()
+    teacher, student = fine_tune(model, x, y, teacher_epochs, lr, batch, augment, seed), copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    rng = generator(seed, "NAD shuffle", "teacher" if teacher is None else "student")
+    rng = generator(seed, "NAD shuffle")
     for _ in range(epochs):
         for images, labels in epoch_of(x, y, batch, augment, rng):
+            with frozen(teacher), torch.no_grad():
+                wanted = with_maps(teacher, images)[1]
             logits, maps = with_maps(student, images)
-            loss = F.cross_entropy(logits, labels)
-            if teacher is not None:
-                with frozen(teacher), torch.no_grad():
-                    wanted = with_maps(teacher, images)[1]
-                loss = loss + distillation_loss(maps, wanted, betas)
-            step(optimizer, loss)
+            step(optimizer, F.cross_entropy(logits, labels) + distillation_loss(maps, wanted, betas))
     return student.eval()
 
 
@@ -343,9 +330,9 @@ def with_maps(model, x):
 
 
 def distillation_loss(maps, wanted, betas, sides=(32, 16, 8)):
-    """NAD's loss: beta * mean squared difference of normalised attention maps, summed over stages.
-    # differs from the source where maps are smaller than its sides: the squares are divided by its number of pixels,
-    # or beta would weigh more, for VGG-16's maps of 2x2 sixteen times as much, and the loss diverges
+    """beta * mean squared difference of normalised attention maps, summed over stages.
+    # differs from the source where maps are smaller than its sides: the squares are divided by its number of pixels, or
+    # beta would weigh more (for VGG-16's maps of 2x2 sixteen times as much), and the loss diverges
     """
     return sum(beta * F.mse_loss(attention(a), attention(b), reduction="sum") / (len(a) * side ** 2)
                for a, b, beta, side in zip(maps, wanted, betas, sides))
