@@ -28,8 +28,7 @@ from data import augment, hold_out, load_for, poison_indices, to_float
 from kit import machine
 from kit.files import code_of, fingerprint, mean_of, spread_of
 from kit.machine import autocast, say
-from kit.training import (TrainingLog, checkpoint_path, generator, read_checkpoint,
-                          write_checkpoint)
+from kit.training import TrainingLog, checkpoint_path, generator, read_checkpoint, write_checkpoint
 from lif import TAU_N, V_THR_N, neurons
 from models import build_model
 

@@ -128,6 +128,13 @@ def of_rank_0(value):
     return values[0]
 
 
+def first_alone(function, *arguments):
+    """function(*arguments) in every process, first in rank 0: it may download what the others then find."""
+    result = function(*arguments) if rank() == 0 else None
+    of_rank_0(None)
+    return result if rank() == 0 else function(*arguments)
+
+
 def data_parallel(model):
     """The model; its gradients averaged over the processes if there are several. BatchNorm sees a process's own rows on
     CPUs, and on GPUs those of all."""
@@ -195,17 +202,20 @@ def compiling(wanted):
 def compiled(function):
     """The function under torch.compile inside `compiling`; as it is elsewhere, where compiling fails (no C++ compiler,
     say; said once), and inside somebody's own torch.compile."""
-    fast = torch.compile(function, dynamic=True)
+    made = []
 
     def run(*args):
         if not (_compiling["wanted"] and _compiling["possible"]) or torch.compiler.is_compiling():
             return function(*args)
         try:
-            return fast(*args)
+            if not made:
+                torch._dynamo.config.recompile_limit = 64       # a graph for every T, dtype and layout
+                made.append(torch.compile(function, dynamic=True))
+            return made[0](*args)
         except Exception as error:
             result = function(*args)        # raises as well if the arguments are to blame, not the compiler
             _compiling["possible"] = False
-            warnings.warn(f"torch.compile fails here ({error!r:.99}); the neuron runs uncompiled, a few times slower")
+            warnings.warn(f"torch.compile fails here ({error!r:.99}); the neuron runs uncompiled, slower")
             return result
     return run
 

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kit.files import fingerprint, replace_file
-from kit.machine import of_rank_0, rank, say
+from kit.machine import compiling, of_rank_0, rank, say
 
 
 def generator(seed, *purpose):
@@ -89,8 +89,9 @@ class TrainingLog:
         for epoch in range(len(self.history), self.s.epochs):
             self.totals, self.started = torch.zeros(5, dtype=torch.float32, device=self.s.device), time.time()
             torch.manual_seed(generator(self.s.seed, "dropout", epoch, rank()).initial_seed())
-            yield (epoch, generator(self.s.seed, "shuffle", epoch),
-                   generator(self.s.seed, "augmentation", epoch, rank()))
+            with compiling(self.n_steps * self.s.epochs >= 2000):       # else it costs more than it saves
+                yield (epoch, generator(self.s.seed, "shuffle", epoch),
+                       generator(self.s.seed, "augmentation", epoch, rank()))
 
     def steps(self):
         """The numbers of an epoch's steps, with a progress bar on a terminal."""
