@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kit.training import generator
 from lab.detectors import logits_of, probabilities
@@ -103,36 +102,25 @@ def conv_bn_pairs(model, x=None):
     # differs from the source, which takes the convolution before it in the list of modules
     """
     net, made, met, pairs = copy.deepcopy(model), {}, [], {}        # a copy: other libraries' neurons keep a state
-    names, norms = {m: name for name, m in net.named_modules()}, batch_norms(net).values()
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    names, convs = {m: name for name, m in net.named_modules()}, [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     if x is None and convs:
-        x = convs[0].weight.new_zeros(1, convs[0].in_channels, 32, 32)
-        x = x.new_zeros(1, net.T, 2, 34, 34) if isinstance(net, NMNISTNet) else x
-    with ExitStack() as stack, frozen(net), torch.no_grad():
-        # for all modules at once: our neurons compute BatchNorm themselves, and refuse one with a hook of its own
-        stack.enter_context(register_module_forward_pre_hook(lambda m, args: met.append((m, *args))))
-        for m in net.modules():
-            if isinstance(m, LIF):
-                stack.enter_context(m.register_forward_pre_hook(
-                    lambda m, args, kwargs: met.extend(_norms_of(*args, **kwargs)), with_kwargs=True))
-        for m in convs:
-            stack.enter_context(m.register_forward_hook(lambda m, args, out: made.update({_memory(out): (m, out)})))
+        shape = (net.T, 2, 34, 34) if isinstance(net, NMNISTNet) else (convs[0].in_channels, 32, 32)
+        x = convs[0].weight.new_zeros(1, *shape)
+    with ExitStack() as hooks, frozen(net), torch.no_grad():
+        for m in convs:         # every output is kept, so equal memory is the same numbers, whatever their shape
+            hooks.enter_context(m.register_forward_hook(lambda m, args, out: made.update({memory(out): (m, out)})))
+        for m in batch_norms(net).values():
+            hooks.enter_context(m.register_forward_pre_hook(lambda m, args: met.append((m, made.get(memory(*args))))))
         net(x)
-    for bn, *inputs in met:         # every output is still there, so equal memory is the same numbers
-        if bn in norms and _memory(inputs[0]) in made:
-            conv = made[_memory(inputs[0])][0]
-            if pairs.setdefault(bn, conv) is not conv:
-                raise ValueError(f"CLP: {names[bn]} follows two convolutions, {names[pairs[bn]]} and {names[conv]}")
-    if norms and not pairs:
+    for bn, (conv, _) in [(bn, found) for bn, found in met if found]:
+        if pairs.setdefault(bn, conv) is not conv:
+            raise ValueError(f"CLP: {names[bn]} follows {names[pairs[bn]]} as well as {names[conv]}")
+    if not pairs:
         raise ValueError("CLP: no BatchNorm of this network follows a convolution")
     return [(model.get_submodule(names[conv]), model.get_submodule(names[bn])) for bn, conv in pairs.items()]
 
 
-def _norms_of(x_seq, norm=None, residual=None, residual_norm=None):         # of a call of LIF.forward
-    return [(norm, x_seq), (residual_norm, residual)]
-
-
-def _memory(tensor):        # the same for all views of it, such as [T, B, ...] and [T * B, ...]
+def memory(tensor):
     return tensor.untyped_storage().data_ptr()
 
 

@@ -172,7 +172,6 @@ def test_clp_of_networks_of_others():
     model = PreActivation()
     assert defenses.conv_bn_pairs(model) == [(model.conv1, model.first), (model.conv2, model.last)]
     assert not hasattr(model, "state") and not hasattr(defenses.clp(model, x=torch.rand(2, 3, 8, 8)), "state")
-    assert not torch.nn.modules.module._global_forward_pre_hooks
     for options in (dict(affine=False), dict(track_running_stats=False)):
         for refused in (defenses.clp, lambda m: defenses.anp(m, X, Y)):
             with pytest.raises(ValueError, match="first"):
@@ -180,7 +179,7 @@ def test_clp_of_networks_of_others():
     with pytest.raises(ValueError, match="no BatchNorm"):
         defenses.clp(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8)))
     twice = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3))
-    with pytest.raises(ValueError, match="1 follows two convolutions, 0 and 2"):
+    with pytest.raises(ValueError, match="1 follows 0 as well as 2"):
         defenses.clp(twice.append(twice[1]))
 
 
