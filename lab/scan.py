@@ -113,7 +113,7 @@ def scan(data, s, n_models=40):
         rows = many(scan_model, [(one, kind) for one in badsnn.every_seed(s) for kind in both])
         return dict(badsnn.describe(data, s), rows=rows, evaders=[])
     drawn = [(draw(s, i, kind), kind) for i in range(n) for kind in both]
-    drawn += [(draw(s, i, kind), kind) for i in range(n_models // 8) for kind in ("badnets", "blend")]
+    drawn += [(draw(s, i, kind), kind) for i in range(max(1, n_models // 8)) for kind in ("badnets", "blend")]
     ways = {True: (1.04, 1.08, 1.12, 1.16), False: (0.96, 0.92, 0.88, 0.84)}        # V_a, by whether V_t is above 1
     rows = many(scan_model, [(one, kind, ways[one.v_thr_t > 1]) for one, kind in drawn])
     attackers = badsnn.every_seed(replace(s, seeds=EVADE_SEEDS))

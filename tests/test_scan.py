@@ -11,7 +11,7 @@ from common import prepared
 
 import badsnn
 import settings
-from lab import evaders, own, scan
+from lab import detectors, evaders, own, scan
 
 
 def test_models_are_drawn_alike_whatever_their_kind():
@@ -81,7 +81,7 @@ def test_hiding_changes_a_copy(workplace):
     data, s = prepared()
     clean, model = badsnn.fresh_model(data, s), badsnn.fresh_model(data, replace(s, seed=1))
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    few = replace(s, batch_size=s.malicious_rows // 2)              # a batch smaller than the malicious rows
+    few = replace(s, malicious_rows=2 * s.batch_size)
     hidden = [scan.hide(model, clean, data, one, evader, epochs=1) for one, evader in
               ((s, evaders.clean_twin), (few, evaders.decoys))]
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
@@ -90,20 +90,21 @@ def test_hiding_changes_a_copy(workplace):
 
 def test_scan_from_training_to_summary(workplace, monkeypatch):
     """A few tiny models and one evader; a second run trains nothing, and a killed one keeps its rows."""
+    monkeypatch.setattr(detectors, "SCAN", (0.5, 1.1, 2.0))
     monkeypatch.setattr(scan, "N_DESIGN", 1)
     monkeypatch.setattr(scan, "EVADE_SEEDS", 1)
     monkeypatch.setattr(scan, "EVADERS", {"decoys": evaders.decoys})
     monkeypatch.setattr(scan, "draw", lambda s, i, kind: replace(s, seed=i, width=random.Random(i).choice((4, 6))))
     data, s = prepared(epochs=1, n_train=150)
-    r = scan.scan(data, s, 8)
+    r = scan.scan(data, s, 5)
     kinds = [one["kind"] for one in r["rows"]]
-    assert [kinds.count(kind) for kind in ("badsnn", "clean", "badnets", "blend")] == [9, 9, 1, 1]
+    assert [kinds.count(kind) for kind in ("badsnn", "clean", "badnets", "blend")] == [6, 6, 1, 1]
     for one in [*r["rows"], *r["evaders"]]:
-        assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 15
-        assert one["v_thr"][5] == pytest.approx(1.1 * one["v_thr_a"], abs=1e-4) and {"ca", "target_rate"} <= set(one)
+        assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 3
+        assert one["v_thr"][1] == pytest.approx(1.1 * one["v_thr_a"], abs=1e-4) and {"ca", "target_rate"} <= set(one)
     assert [one["evader"] for one in r["evaders"]] == ["none", "decoys"] and set(scan.SHOWN) < set(r["summary"])
     monkeypatch.setattr(scan.baselines, "train", None)
-    assert scan.scan(data, s, 8) == r
+    assert scan.scan(data, s, 5) == r
     with pytest.raises(ValueError, match="at least 5"):
         scan.scan(data, s, 2)
 
