@@ -235,7 +235,7 @@ def scan(data, s, n_models=40):
         jobs, hidden = [(one, kind) for one in studies.every_seed(s) for kind in (None, "badsnn")], []
     rows = machine.side_by_side(scan_model, jobs, s, [f"{job[1] or 'clean'} {job[0].seed}" for job in jobs])
     evaders = machine.side_by_side(evade, hidden, s, [f"{name} {one.seed}" for one, name in hidden])
-    result = dict(badsnn.describe(data, s), rows=rows, evaders=evaders)
+    result = dict(rows=rows, evaders=evaders)
     if hidden:
         of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("clean", "badsnn")}
         design = of["clean"][:N_DESIGN] + of["badsnn"][:N_DESIGN]
