@@ -1,35 +1,32 @@
 """What the results say: every table and figure from results/ alone, and what commands print at their end.
 
-    python badsnn.py report                 every figure beside its JSON below runs/results; Table 1 as text
-    python badsnn.py report --publish       for maintainers: the same for the repository's results/, and its tables
-    report(Path("runs/results"))            the same from Python
+    report(Path("runs/results"))            every figure beside its JSON; prints Table 1
+    report(Path("runs/results"), True)      for maintainers: the same for the repository's results/, and its tables
 
 Nothing here trains or loads data. The tables are made in tables.py, the figures in figures.py.
 """
 import shutil
-import tempfile
 from pathlib import Path
 
 from kit.files import ROOT, replace_file, write_text
 from kit.machine import say
 from lab import tables
-from lab.figures import FIGURES, figure_story, figure_triggers
+from lab.figures import FIGURES, figure_triggers
 
 SHIPPED = ROOT / "results"      # the repository's own, which only publish=True changes
 TEXT1 = """# Table 1
 
-CA: percent of the test samples that are answered right. ASR_p, ASR_o, target_rate: percent of the samples of other
-classes that are answered as the target, with T_p (on events T_s), with T_o, without a trigger. Clean model: a network
-without backdoor at the same threshold, under the same trigger; "reads": its accuracy on triggered samples at 1.0.
-Own: each seed at the V_a that its attacker chose on held-out training samples; the other V_a are the paper's.
-Mean ± standard deviation over seeds; where that is as large as the mean, every seed.
-"""
+In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as the target
+without a trigger, with T_p (on events T_s), with T_o. Clean model: without backdoor, same threshold, same trigger; it
+reads: its accuracy on triggered samples at 1.0. Own: the V_a that each seed's attacker chose on held-out samples; the
+other V_a and the last column (CA / ASR_p / ASR_o) are the paper's. Mean ± standard deviation over seeds; where that is
+as large as the mean, every seed. First, of each data set the network with the highest held-out CA; then all; then what
+they were made with."""
 TEXT2 = """# Table 2
 
-CA / ASR / target_rate after a defence, in percent, as in [Table 1](table1.md); behind an attack the threshold in use.
-In brackets: an attack that was not learned (ASR below 50). †: CA fell below half of what it is without the defence.
-Set back: the threshold is 1.0 again after the defence. Clean model: without backdoor, shipped and repaired alike.
-"""
+CA / ASR / target_rate (see [Table 1](table1.md)) after each defence; behind an attack, the threshold in use. In
+brackets: the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back:
+to 1.0 after the defence. Clean model: without backdoor, but shipped and repaired alike. Below: three detectors."""
 
 
 def report(results, publish=False):
@@ -39,25 +36,76 @@ def report(results, publish=False):
     if not found:
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")
     if publish and results.resolve() != SHIPPED.resolve():
-        with tempfile.TemporaryDirectory() as trial:        # what cannot be drawn is not copied
-            for path, r in found.items():
-                draw(path, r, Path(trial) / "figure.png")
+        report(results)         # what cannot be drawn is not copied
         for path in [*found, *results.glob("*/triggers.npz")]:
             with replace_file(SHIPPED / path.relative_to(results)) as part:
                 shutil.copyfile(path, part)
         return report(SHIPPED, publish)
     attacks, defends = ({path.parent.name: r for path, r in found.items() if path.stem == kind}
                         for kind in ("attack", "defend"))
-    table1 = tables.table1(attacks)
     for path, r in found.items():
         draw(path, r, path.with_suffix(".png"))
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
-    print(f"\n{tables.as_text(table1)}")
+    print(f"\n{tables.as_text(tables.table1(attacks))}")
     if publish:
-        write_text(SHIPPED / "table1.md", "\n".join([
-            TEXT1, "## Of every data set the network with the highest held-out CA", "", tables.table_summary(attacks), "",
-            "## All", "", table1, "", "## What they were made with", "", tables.table_runs(attacks), ""]))
-        write_text(SHIPPED / "table2.md", "\n".join([
-            TEXT2, tables.table2(defends), "", "## Detectors", "", tables.table_detectors(defends), ""]))
-    return None
+        pages = {"table1": [TEXT1, tables.table_summary(attacks), tables.table1(attacks), tables.table_runs(attacks)],
+                 "table2": [TEXT2, tables.table2(defends), tables.table_detectors(defends)]}
+        for name, parts in pages.items():
+            write_text(SHIPPED / f"{name}.md", "\n\n".join(parts) + "\n")
+
+
+def draw(path, r, figure):
+    """The figure of the result r in path. Raises ValueError that names path where r is of another shape."""
+    try:
+        FIGURES[path.stem](r, figure)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise tables.unreadable(path, repr(error)) from None
+
+
+def print_attack(r):
+    """What `attack` prints: how it was made, the curve of Table 1, and the repository's own row beside it."""
+    found, path = {r["dataset"]: r}, SHIPPED / r["dataset"] / "attack.json"
+    lines = tables.table1(found, every=True).splitlines()
+    if path.exists():
+        lines.insert(3, tables.table1({"shipped with this repository": tables.read_result(path)}).splitlines()[2])
+    table = tables.as_text("\n".join(lines), turned=True)
+    say(f"\n{tables.as_text(tables.table_runs(found), turned=True)}\n\n{table}\n\nCA: percent right without trigger. "
+        "ASR, target_rate: percent of the other classes answered as the target, with and without\ntrigger. Own: each "
+        "seed at the V_a chosen on its held-out training samples (Eq. 8). Clean model: without backdoor, same\n"
+        "threshold, same trigger; reads: its accuracy on triggered samples, at threshold 1.0.")
+
+
+def print_scan(r):
+    """What `scan` prints: how well the detector tells models and who evades it, or a line per model."""
+    if "summary" not in r:
+        return say("\n" + "\n".join(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g};"
+                                    f" score {row['scores']['100 images']:.2f}, class {row['accused']} accused"
+                                    for row in r["rows"]))
+    detector = tables.markdown("the scan is shown | AUROC (95 % interval) | alarm above | backdoored models caught | "
+                               "false alarms, clean models | accused class right", [
+        [name, f"{at['auroc']:.3f} ({at['interval'][0]:.3f} to {at['interval'][1]:.3f})", f"{at['alarm']:.2f}",
+         *(tables.cell([at], key) for key in ("caught", "false_alarms", "accused_right"))]
+        for name, at in r["summary"].items()])
+    evaders = [(name, [row | dict(score=row["scores"]["100 images"]) for row in r["evaders"] if row["evader"] == name])
+               for name in tables.unique(r["evaders"], "evader")]
+    evaders = tables.markdown("attacker | CA | target_rate | ASR_p | ASR_p, clean model | score | target accused", [
+        [name.replace("_", " "), *(tables.cell(of, key) for key in ("ca", "target_rate", "asr_p", "asr_p_clean_model")),
+         tables.cell(of, "score", digits=2), f"{sum(row['accused'] == row['target'] for row in of)} of {len(of)}"]
+        for name, of in evaders])
+    return say(f"\n{tables.as_text(detector)}\n\n{tables.as_text(evaders)}")
+
+
+def print_story(r, folder):
+    """What `story` prints, and story.png in the folder: a table, and three sentences of numbers."""
+    at, scan = r["attack"]["at_chosen"], r["scan"]
+    titles = dict(none="as shipped", nominal="threshold set back", fine_tune="fine-tuned", anp="ANP",
+                  anp_nominal="ANP, set back", clean="clean model, shipped alike")
+    rows = [[title, *(tables.cell([row for row in r["rows"] if row["answer"] == name], key)
+                      for key in ("ca", "target_rate", "asr_p", "asr_o"))] for name, title in titles.items()]
+    table = tables.markdown("network | right class (CA) | target, no trigger | target, T_p | target, T_o", rows)
+    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {at['v_thr']:.2f} instead of 1.0, in percent of the test "
+        f"images less {r['n_defender']} of the defender.\nThe target is class {r['target']}; the threshold scan accuses "
+        f"class {', '.join(str(one['accused']) for one in scan)}.\nIts score is {tables.cell(scan, 'backdoored', digits=2)}"
+        f", of a clean network {tables.cell(scan, 'clean', digits=2)} (1: sure of one class at another threshold).")
+    FIGURES["story"](r, folder / "story.png")

@@ -96,14 +96,12 @@ def table1(found, every=False):
         rows += [[title, v_thr, *(cell(at, key) for key in keys), *(cell(at, f"{key}_clean_model") for key in keys),
                   read, cell(at, control, f"{control}_clean_model"), paper.replace("None", "-")]
                  for title, v_thr, at, read, paper in lines]
-    return markdown("data | V_a | CA | target_rate | ASR_p | ASR_o | clean model: CA | clean model: target_rate | "
-                    "clean model: ASR_p | clean model: ASR_o | a clean model reads: T_p / T_o | T_p re-normalised, or "
-                    "clip alone / clean model | paper: CA / ASR_p / ASR_o", rows)
+    return markdown("data | V_a | CA | target_rate | ASR_p | ASR_o | clean model: CA | its target_rate | its ASR_p | its "
+                    "ASR_o | it reads T_p / T_o | T_p re-normalised, or clip alone / clean model | paper", rows)
 
 
 def table_summary(found):
-    """Table 1 at the own V_a, a line per data set: of its networks the one with the highest CA, in whole percent, on
-    HELD-OUT images."""
+    """Table 1 at the own V_a, of each data set's networks the one with the highest CA (rounded) on HELD-OUT images."""
     def held_ca(name):
         return round(mean([row for run in found[name]["runs"] for row in run["held_rows"]
                            if row["v_thr"] == run["at_chosen"]["v_thr"]], "ca"))
@@ -124,8 +122,8 @@ def table_runs(found):
                      f"{r['n_poison']} ({r['poison_ratio']:.1%})", r["epochs"], r["seeds"],
                      f"target {r['target']}, S_t ({v_thr_t}, {r['tau_t'] or 'learned'}), {strength}",
                      f"{r['seconds'] / 60:.0f} min, {r['device']}, {'bfloat16' if r['bf16'] else 'float32'}", r["note"]])
-    return markdown("data | Clean CA | Base CA | paper: Clean / Base | network | training + test samples | malicious "
-                    "samples (of the target class) | epochs | seeds | attack | run | note", rows)
+    return markdown("data | Clean CA | Base CA | paper: both | network | training + test samples | malicious samples (of "
+                    "the target class) | epochs | seeds | attack | run | note", rows)
 
 
 def table2_lines(r):
@@ -163,6 +161,18 @@ def table2(found):
             if attack in unique(r["rows"], "attack"):
                 lines.append([f"*paper: {attack}{which}*", *(f"*{theirs.get(d, '-')}*" for d in names)])
     return markdown(" | ".join(["data, attack, threshold", *names]), lines)
+
+
+def table_detectors(found):
+    """What three detectors see of every attack before a defence; AUROC: of triggered against clean images."""
+    rows, keys = [], dict(strip_auroc=2, spikes_auroc=2, spikes_clean=0, spikes_triggered=0, scan_score=2, scan_right=1)
+    for name, r in in_order(found).items():
+        for attack, trigger in dict.fromkeys((row["attack"], row["trigger"]) for row in r["detectors"]):
+            of = [row for row in r["detectors"] if (row["attack"], row["trigger"]) == (attack, trigger)]
+            rows.append([f"**{name}**", attack, trigger, *(cell(of, key, digits=keys[key]) for key in keys),
+                         f"{r['scan_clean_model']:.2f}"])
+    return markdown("data | attack | trigger | STRIP: AUROC | spikes: AUROC | spikes, clean | spikes, triggered | "
+                    "scan: score | it accuses the target (1: yes) | its score of a clean model", rows)
 
 
 def as_text(table, turned=False):
