@@ -17,16 +17,15 @@ SHIPPED = ROOT / "results"      # the repository's own, which only publish=True 
 TEXT1 = """# Table 1
 
 In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as the target
-without a trigger, with T_p (on events T_s), with T_o. Clean model: without backdoor, same threshold, same trigger; it
-reads: its accuracy on triggered samples at 1.0. Own: the V_a that each seed's attacker chose on held-out samples; the
-other V_a and the last column (CA / ASR_p / ASR_o) are the paper's. Mean ± standard deviation over seeds; where that is
-as large as the mean, every seed. First, of each data set the network with the highest held-out CA; then all; then what
-they were made with."""
+without trigger, with T_p (events: T_s), with T_o. Clean model: without backdoor, same threshold and trigger; it reads:
+its accuracy on triggered samples at 1.0. Own: the V_a of each seed, chosen on held-out samples; other V_a and the last
+column, CA / ASR_p / ASR_o: the paper's. Mean ± standard deviation over seeds, or every seed where that is as large as
+the mean. First each data set's network with the highest held-out CA; then all; then what they were made with."""
 TEXT2 = """# Table 2
 
-CA / ASR / target_rate (see [Table 1](table1.md)) after each defence; behind an attack, the threshold in use. In
-brackets: the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back:
-to 1.0 after the defence. Clean model: without backdoor, but shipped and repaired alike. Below: three detectors."""
+CA / ASR / target_rate (see [Table 1](table1.md)) after each defence; behind an attack, the threshold in use. Brackets:
+the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back: to 1.0
+after the defence. Clean model: without backdoor, but shipped and repaired alike. Below: three detectors."""
 
 
 def report(results, publish=False):
@@ -69,43 +68,40 @@ def print_attack(r):
     lines = tables.table1(found, every=True).splitlines()
     if path.exists():
         lines.insert(3, tables.table1({"shipped with this repository": tables.read_result(path)}).splitlines()[2])
-    table = tables.as_text("\n".join(lines), turned=True)
-    say(f"\n{tables.as_text(tables.table_runs(found), turned=True)}\n\n{table}\n\nCA: percent right without trigger. "
-        "ASR, target_rate: percent of the other classes answered as the target, with and without\ntrigger. Own: each "
-        "seed at the V_a chosen on its held-out training samples (Eq. 8). Clean model: without backdoor, same\n"
-        "threshold, same trigger; reads: its accuracy on triggered samples, at threshold 1.0.")
+    say(f"\n{tables.as_text(tables.table_runs(found), turned=True)}\n\n{tables.as_text(chr(10).join(lines), turned=True)}"
+        "\n\nCA: percent right without trigger. ASR, target_rate: percent of the other classes answered as the target, "
+        "with and\nwithout trigger. Own: each seed at the V_a chosen on its held-out training samples (Eq. 8). Clean "
+        "model: without\nbackdoor, same threshold, same trigger; it reads: its accuracy on triggered samples, at 1.0.")
 
 
 def print_scan(r):
     """What `scan` prints: how well the detector tells models and who evades it, or a line per model."""
     if "summary" not in r:
-        return say("\n" + "\n".join(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g};"
-                                    f" score {row['scores']['100 images']:.2f}, class {row['accused']} accused"
-                                    for row in r["rows"]))
-    detector = tables.markdown("the scan is shown | AUROC (95 % interval) | alarm above | backdoored models caught | "
-                               "false alarms, clean models | accused class right", [
-        [name, f"{at['auroc']:.3f} ({at['interval'][0]:.3f} to {at['interval'][1]:.3f})", f"{at['alarm']:.2f}",
-         *(tables.cell([at], key) for key in ("caught", "false_alarms", "accused_right"))]
-        for name, at in r["summary"].items()])
-    evaders = [(name, [row | dict(score=row["scores"]["100 images"]) for row in r["evaders"] if row["evader"] == name])
-               for name in tables.unique(r["evaders"], "evader")]
-    evaders = tables.markdown("attacker | CA | target_rate | ASR_p | ASR_p, clean model | score | target accused", [
-        [name.replace("_", " "), *(tables.cell(of, key) for key in ("ca", "target_rate", "asr_p", "asr_p_clean_model")),
-         tables.cell(of, "score", digits=2), f"{sum(row['accused'] == row['target'] for row in of)} of {len(of)}"]
-        for name, of in evaders])
-    return say(f"\n{tables.as_text(detector)}\n\n{tables.as_text(evaders)}")
+        for row in r["rows"]:
+            say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; score "
+                f"{row['scores']['100 images']:.2f}, class {row['accused']} accused")
+        return
+    for shown, at in r["summary"].items():
+        say(f"{shown}: AUROC {at['auroc']:.3f} ({at['interval'][0]:.3f} to {at['interval'][1]:.3f}); alarm above "
+            f"{at['alarm']:.2f}: {at['caught']:.1f} % of the backdoored models, {at['false_alarms']:.1f} % of the clean ones")
+    for name in tables.unique(r["evaders"], "evader"):
+        rows = [row | row["scores"] for row in r["evaders"] if row["evader"] == name]
+        cells = [tables.cell(rows, key) for key in ("ca", "target_rate", "asr_p", "asr_p_clean_model")]
+        say("attacker who hides by {}: CA {}; target_rate {}; ASR_p {}, clean model {}; ".format(name, *cells)
+            + f"score {tables.cell(rows, '100 images', digits=2)}")
 
 
 def print_story(r, folder):
     """What `story` prints, and story.png in the folder: a table, and three sentences of numbers."""
-    at, scan = r["attack"]["at_chosen"], r["scan"]
+    at, scan, rows = r["attack"]["at_chosen"], r["scan"], []
     titles = dict(none="as shipped", nominal="threshold set back", fine_tune="fine-tuned", anp="ANP",
-                  anp_nominal="ANP, set back", clean="clean model, shipped alike")
-    rows = [[title, *(tables.cell([row for row in r["rows"] if row["answer"] == name], key)
-                      for key in ("ca", "target_rate", "asr_p", "asr_o"))] for name, title in titles.items()]
+                  anp_nominal="ANP, threshold set back", clean="clean model, shipped alike")
+    for answer in tables.unique(r["rows"], "answer"):
+        of = [row for row in r["rows"] if row["answer"] == answer]
+        rows.append([titles[answer], *(tables.cell(of, key) for key in ("ca", "target_rate", "asr_p", "asr_o"))])
     table = tables.markdown("network | right class (CA) | target, no trigger | target, T_p | target, T_o", rows)
-    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {at['v_thr']:.2f} instead of 1.0, in percent of the test "
-        f"images less {r['n_defender']} of the defender.\nThe target is class {r['target']}; the threshold scan accuses "
+    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {at['v_thr']:.2f} instead of 1.0; percent of the test images "
+        f"less {r['n_defender']}, which the defender has.\nThe target is class {r['target']}; the threshold scan accuses "
         f"class {', '.join(str(one['accused']) for one in scan)}.\nIts score is {tables.cell(scan, 'backdoored', digits=2)}"
         f", of a clean network {tables.cell(scan, 'clean', digits=2)} (1: sure of one class at another threshold).")
     FIGURES["story"](r, folder / "story.png")

@@ -86,16 +86,16 @@ def table1(found, every=False):
     """Every data set at each model's own V_a, then at the paper's (every: at all of the curve), the paper beside."""
     rows, keys = [], ("ca", "target_rate", "asr_p", "asr_o")
     for name, r in in_order(found).items():
-        theirs = dict(zip(PAPER["v_a"], PAPER["table1"].get(data_set_of(name), [[]])[-1]))
+        paper = zip(PAPER["v_a"], PAPER["table1"].get(data_set_of(name), [[]])[-1])
+        paper = {v_thr: cell([dict(enumerate(numbers))], 0, 1, 2) for v_thr, numbers in paper}
         control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
         own, *curve = zip(*([run["at_chosen"], *run["rows"]] for run in r["runs"]))
         read = " / ".join(cell([run["visible"].get(key, {}) for run in r["runs"]], "read") for key in keys[2:])
         lines = [(f"**{name}**", f"**own**, {span([at['v_thr'] for at in own])}", own, read, "")]
-        lines += [("", f"{at[0]['v_thr']:g}", at, "", " / ".join(map(str, theirs.get(at[0]["v_thr"], ()))))
+        lines += [("", f"{at[0]['v_thr']:g}", at, "", paper.get(at[0]["v_thr"], ""))
                   for at in curve if every or at[0]["v_thr"] in PAPER["v_a"]]
         rows += [[title, v_thr, *(cell(at, key) for key in keys), *(cell(at, f"{key}_clean_model") for key in keys),
-                  read, cell(at, control, f"{control}_clean_model"), paper.replace("None", "-")]
-                 for title, v_thr, at, read, paper in lines]
+                  read, cell(at, control, f"{control}_clean_model"), theirs] for title, v_thr, at, read, theirs in lines]
     return markdown("data | V_a | CA | target_rate | ASR_p | ASR_o | clean model: CA | its target_rate | its ASR_p | its "
                     "ASR_o | it reads T_p / T_o | T_p re-normalised, or clip alone / clean model | paper", rows)
 
@@ -114,7 +114,7 @@ def table_runs(found):
     """What each row of Table 1 was made with, and the accuracy at S_n with and without backdoor."""
     rows = []
     for name, r in in_order(found).items():
-        paper = " / ".join(map(str, PAPER["table1"].get(data_set_of(name), [""])[:-1]))
+        paper = cell([dict(enumerate(PAPER["table1"].get(data_set_of(name), [])))], 0, 1)
         v_thr_t = span([r["v_thr_t"], r["v_thr_t_low"] or r["v_thr_t"]])
         strength = f"q {r['q']:g}" if r["q"] else f"beta {r['beta']:g}"
         rows.append([f"**{name}**", cell(r["runs"], "clean_ca"), cell(r["runs"], "base_ca"), paper,
@@ -157,9 +157,9 @@ def table2(found):
                           *(texts.get(d, "-") for d in names)])
         for attack, theirs in PAPER["table2"].get(data_set_of(name), {}).items():
             theirs = dict(zip(PAPER["defenses"], theirs.split()))
-            which = f" ({PAPER['badsnn_in_table2'][data_set_of(name)]})" if attack == "badsnn" else ""
+            which = PAPER["badsnn_in_table2"][data_set_of(name)] if attack == "badsnn" else ""
             if attack in unique(r["rows"], "attack"):
-                lines.append([f"*paper: {attack}{which}*", *(f"*{theirs.get(d, '-')}*" for d in names)])
+                lines.append([f"*paper: {attack} {which}*", *(f"*{theirs.get(d, '-')}*" for d in names)])
     return markdown(" | ".join(["data, attack, threshold", *names]), lines)
 
 
