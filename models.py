@@ -1,16 +1,14 @@
-"""The paper's three spiking networks (Sec. 4.1): ResNet-19, VGG-16 and N-MNIST-Net, built from the neuron of lif.py.
+"""The paper's three spiking networks (Sec. 4.1): ResNet-19, VGG-16 and N-MNIST-Net.
 
     model = build_model("resnet19", num_classes=10, T=4, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
-    logits = model(images)                # floats [B, 3, H, W] in [0, 1]  ->  [B, K], the mean over T steps
-    logits = model(images, every_step=True)      # [T, B, K], an answer per step, for losses that teach each (TET)
-    model.T = 8                                  # any number of steps: no weight depends on it
+    logits = model(images)          # floats [B, 3, H, W] in [0, 1] -> [B, K], the mean over T steps
+    logits = model(images, every_step=True)         # [T, B, K], an answer per step (for TET's loss)
+    model.T = 8                                     # any number of steps: no weight depends on it
 
-An image is shown as a constant current: the first convolution sees it once and its output is fed to the first neurons
-T times ("direct coding"). From there on everything is spikes, [T, B, C, H, W], time first. Convolutions know no time,
-so they see T * B images; only the neurons connect one step to the next. BatchNorm is the plain one, over T * B.
-
-Each neuron layer is called as `lif(current, bn, ...)`: BatchNorm and the residual addition happen inside the neuron,
-in the same pass over memory (see fused.py). Results are those of `lif(bn(current) + residual)`.
+An image is shown as a constant current: the first convolution sees it once and its output is fed to
+the first neurons T times ("direct coding"). From there on everything is spikes, [T, B, C, H, W],
+time first. Convolutions and BatchNorm know no time, they see T * B images; only the neurons connect
+one step to the next.
 """
 import contextlib
 from functools import partial
@@ -21,13 +19,16 @@ from torch import nn
 
 from lif import LIF, PLIF
 
-WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}       # for two CPU cores; the sources have 128, 64, 128
+WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}    # for two cores; sources: 128, 64, 128
 NEURONS = {"lif": LIF, "plif": PLIF, "lif_atan": partial(LIF, surrogate="arctan")}
 
 
-def per_step(layer, s):
-    """Applies a layer that knows no time to all steps at once: [T, B, ...] -> [T, B, ...]."""
-    return layer(s.flatten(0, 1)).unflatten(0, s.shape[:2])
+def per_step(layers, s):
+    """Applies layers that know no time to all steps at once: [T, B, ...] -> [T, B, ...]."""
+    shape, s = s.shape[:2], s.flatten(0, 1)
+    for layer in layers:
+        s = layer(s)
+    return s.unflatten(0, shape)
 
 
 class ConvLIF(nn.Module):
@@ -40,7 +41,7 @@ class ConvLIF(nn.Module):
         self.lif = neuron()
 
     def forward(self, s):
-        return self.lif(per_step(self.conv, s), self.bn)
+        return self.lif(per_step([self.conv, self.bn], s))
 
 
 class Pool(nn.Module):
@@ -51,11 +52,12 @@ class Pool(nn.Module):
         self.pool = pool
 
     def forward(self, s):
-        return per_step(self.pool, s)
+        return per_step([self.pool], s)
 
 
 class Block(nn.Module):
-    """Residual block with the neuron AFTER the addition: spikes [T, B, in, H, W] -> [T, B, out, H/stride, W/stride]."""
+    """Residual block with the neuron AFTER the addition: spikes [T, B, in, H, W] -> [T, B, out,
+    H/stride, W/stride]."""
 
     def __init__(self, c_in, c_out, stride, neuron):
         super().__init__()
@@ -66,30 +68,27 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.project = stride != 1 or c_in != c_out
         if self.project:
-            self.pool = nn.AvgPool2d(stride, ceil_mode=True)       # odd sizes: as the strided convolution
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True)    # odd sizes: as the convolution
             self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False)
             self.shortcut_bn = nn.BatchNorm2d(c_out)
         self.lif2 = neuron()
 
     def forward(self, s):
-        h = self.lif1(per_step(self.conv1, s), self.bn1)
-        h = per_step(self.conv2, h)
-        if not self.project:
-            return self.lif2(h, self.bn2, residual=s)
-        r = per_step(self.shortcut, per_step(self.pool, s))
-        return self.lif2(h, self.bn2, residual=r, residual_norm=self.shortcut_bn)
+        h = self.lif1(per_step([self.conv1, self.bn1], s))
+        h = per_step([self.conv2, self.bn2], h)
+        if self.project:
+            s = per_step([self.pool, self.shortcut, self.shortcut_bn], s)
+        return self.lif2(h + s)
 
 
-def check_input(x, fits, wanted, advice):
-    """Raises ValueError unless x fits and holds floats, with one line that says what to do."""
-    if not fits:
-        raise ValueError(f"this network takes {wanted}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"this network takes floats, not {x.dtype}: pass {advice}")
+def check_input(x, fits, wanted):
+    """Raises ValueError unless x fits and holds floats."""
+    if not fits or not x.is_floating_point():
+        raise ValueError(f"this network takes floats, {wanted}, not {x.dtype} {list(x.shape)}")
 
 
 class ImageSNN(nn.Module):
-    """Spiking network for static images. `stages` turn spikes into spikes; NAD looks at the last neurons of three."""
+    """Spiking network for static images: a convolution, `stages` from spikes to spikes, a head."""
 
     def __init__(self, stages, width, features, num_classes, T, neuron, bias, mean, std):
         super().__init__()
@@ -103,70 +102,70 @@ class ImageSNN(nn.Module):
         self.head = nn.Linear(features, num_classes)
 
     def forward(self, x, every_step=False):
-        """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]; of every step [T, B, K], same mean."""
+        """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]; of every step [T, B, K]."""
         channels = self.mean.shape[1]
-        check_input(x, x.dim() == 4 and x.shape[1] == channels, f"images [B, {channels}, H, W]", "x.float() / 255")
+        fits = x.dim() == 4 and x.shape[1] == channels
+        check_input(x, fits, f"images [B, {channels}, H, W] in [0, 1]: x.float() / 255")
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        current = self.conv(x)                                       # once per image: [B, C, H, W]
-        s = self.lif(current.expand(self.T, *current.shape), self.bn)
+        current = self.bn(self.conv(x))                             # once per image: [B, C, H, W]
+        s = self.lif(current.expand(self.T, *current.shape))
         for stage in self.stages:
             s = stage(s)
-        # [T, B, C, H, W] -> [B, C]: the head is linear, so the mean of its T answers is its answer to the mean
+        # the head is linear, so the mean of its T answers is its answer to the mean
         rate = s.mean((3, 4) if every_step else (0, 3, 4), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(rate)
 
 
 def resnet19(num_classes, T, width, neuron, mean, std):
-    """Spiking ResNet-19, [B, 3, H, W] -> [B, K], as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of 1x, 2x, 4x width.
-
-    Width 128 (the paper's): 12,569,226 parameters for 10 classes, 2,285 million multiply-adds per step at 32x32.
-    """
+    """Spiking ResNet-19, [B, 3, H, W] -> [B, K], as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of
+    1x, 2x, 4x width. Width 128 (the source's): 12,569,226 parameters for 10 classes."""
     stages, c_in = [], width
     for c_out, blocks, stride in ((width, 3, 1), (2 * width, 3, 2), (4 * width, 2, 2)):
-        layers = [Block(c_in if i == 0 else c_out, c_out, stride if i == 0 else 1, neuron) for i in range(blocks)]
-        stages.append(nn.Sequential(*layers))
+        first = Block(c_in, c_out, stride, neuron)
+        others = [Block(c_out, c_out, 1, neuron) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(first, *others))
         c_in = c_out
     return ImageSNN(stages, width, 4 * width, num_classes, T, neuron, False, mean, std)
 
 
 def vgg16(num_classes, T, width, neuron, mean, std):
-    """Spiking VGG-16, [B, 3, H, W] -> [B, K], configuration D as in SEENN (Li et al. 2023): 13 convolutions, 4 pools.
-
-    Width 64 (the paper's): 14,728,266 parameters for 10 classes, 313 million multiply-adds per step at 32x32.
-    # differs from SEENN: PyTorch's default initialisation; SEENN: He-normal with n = 9 * output channels
+    """Spiking VGG-16, [B, 3, H, W] -> [B, K], configuration D as in SEENN (Li et al. 2023): 13
+    convolutions, 4 pools. Width 64 (the source's): 14,728,266 parameters for 10 classes.
+    # differs from SEENN: PyTorch's default initialisation, not He-normal with n = 9 * channels
     """
     stages, c_in = [], width
-    for multiple, convs in ((1, 1), (2, 2), (4, 3), (8, 3), (8, 3)):       # the first convolution is ImageSNN's own
+    for multiple, convs in ((1, 1), (2, 2), (4, 3), (8, 3), (8, 3)):    # ImageSNN has the first one
         layers = []
         for _ in range(convs):
             layers.append(ConvLIF(c_in, multiple * width, neuron, bias=True))
             c_in = multiple * width
-        stages.append(nn.Sequential(*layers, *([] if len(stages) == 4 else [Pool(nn.AvgPool2d(2))])))
+        if len(stages) < 4:
+            layers.append(Pool(nn.AvgPool2d(2)))
+        stages.append(nn.Sequential(*layers))
     return ImageSNN(stages, width, 8 * width, num_classes, T, neuron, True, mean, std)
 
 
 class NMNISTNet(nn.Module):
-    """N-MNIST-Net (Abad et al. 2024, "Sneaky Spikes"): 2 convolutions, 2 fully connected layers, all spiking.
-    10 neurons vote for each class; the output is the firing rate of the voters, in [0, 1].
-
-    Width 128 (the paper's): 17,134,436 parameters for 10 classes, 62 million multiply-adds per step.
-    # differs from the source: its neuron has no leak; Sec. 4.1 says LIF, so tau = 0.5 here as everywhere
-    # differs from the source: triangle surrogate, gradients flow through the reset; source: ATan, detached reset
+    """N-MNIST-Net (Abad et al. 2024, "Sneaky Spikes"): 2 convolutions, 2 fully connected layers,
+    all spiking. 10 neurons vote for each class; the output is the firing rate of the voters. Width
+    128 (the source's): 17,134,436 parameters for 10 classes.
+    # differs from the source: its neuron has no leak (Sec. 4.1 says LIF) and ATan, a detached reset
     """
 
     def __init__(self, num_classes, T, width, neuron):
         super().__init__()
         self.T = T
         self.stages = nn.ModuleList(
-            nn.Sequential(ConvLIF(c_in, width, neuron, bias=False), Pool(nn.MaxPool2d(2))) for c_in in (2, width))
+            nn.Sequential(ConvLIF(c_in, width, neuron, bias=False), Pool(nn.MaxPool2d(2)))
+            for c_in in (2, width))
         self.fc1, self.lif1 = nn.Linear(width * 8 * 8, 16 * width), neuron()
         self.fc2, self.lif2 = nn.Linear(16 * width, 10 * num_classes), neuron()
 
     def forward(self, x, every_step=False):
-        """x: event frames [B, T, 2, 34, 34], floats, events counted per step -> firing rates [B, K], or [T, B, K]."""
-        shape = (self.T, 2, 34, 34)
-        check_input(x, x.shape[1:] == shape, f"event frames [B, {', '.join(map(str, shape))}]", "x.float()")
+        """x: event counts [B, T, 2, 34, 34], floats -> firing rates [B, K], or [T, B, K]."""
+        fits = x.shape[1:] == (self.T, 2, 34, 34)
+        check_input(x, fits, f"event counts [B, {self.T}, 2, 34, 34]")
         s = x.transpose(0, 1)                                        # [T, B, 2, 34, 34]
         s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
         for stage in self.stages:
@@ -181,13 +180,11 @@ class NMNISTNet(nn.Module):
 
 
 def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std=None):
-    """One of the networks of Sec. 4.1 with fresh weights. Raises ValueError for an unknown name or a bad number.
-
-    name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (event frames [B, T, 2, 34, 34]).
-    T: time steps. width: channels of the first stage; None is our small default, 128, 64 and 128 are the sources'.
-    neuron: lif | plif | lif_atan (LIF with ATan, the surrogate of N-MNIST-Net's source). mean, std: per channel, the
-    network's own first layer (images only; None: 0.5 and 0.25).
-    """
+    """One of the networks of Sec. 4.1 with fresh weights; ValueError for an unknown name or a bad
+    number. name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (events [B, T, 2,
+    34, 34]). T: time steps. width: channels of the first stage (None: WIDTHS). neuron: lif | plif |
+    lif_atan (the surrogate of N-MNIST-Net's source). mean, std: per channel, the network's own
+    first layer (images only)."""
     if name not in WIDTHS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(WIDTHS)}")
     if neuron not in NEURONS:
@@ -196,18 +193,17 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
     for what, value, least in (("T", T, 1), ("width", width, 1), ("num_classes", num_classes, 2)):
         if int(value) != value or value < least:
             raise ValueError(f"{what} must be a whole number of at least {least}, not {value}")
-    if name == "nmnist_net":
-        model = NMNISTNet(num_classes, T, width, NEURONS[neuron])
-    else:
-        mean, std = mean or (0.5,) * 3, std or (0.25,) * 3
+    build, more = NMNISTNet, {}
+    if name != "nmnist_net":
         build = resnet19 if name == "resnet19" else vgg16
-        model = build(num_classes, T, width, NEURONS[neuron], tuple(mean), tuple(std))
+        more = dict(mean=tuple(mean or (0.5,) * 3), std=tuple(std or (0.25,) * 3))
+    model = build(num_classes, T, width, NEURONS[neuron], **more)
     return model.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Eval mode and no gradients for the weights inside the block, then as before: for what only looks at the input."""
+    """Inside the block: eval mode, and no gradients for the weights; then as before."""
     training, needed = model.training, [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kit.machine import of_rank_0, rank, say
+from kit.machine import of_rank_0, rank
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,12 +66,11 @@ def read_json(path):
         raise ValueError(f"{path}: not a readable result ({error}); delete it and run its command again") from None
 
 
-def write_images(path, **images):
-    """Images in [0, 1], float [N, C, H, W], as an .npz file of uint8 [N, H, W, C]."""
+def write_arrays(path, **arrays):
+    """Arrays or tensors as an .npz file, once however many processes train together."""
     if rank() == 0:
         with replace_file(path) as part, open(part, "wb") as file:
-            np.savez_compressed(file, **{name: x.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                                         for name, x in images.items()})
+            np.savez_compressed(file, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 # ----- What may be used again

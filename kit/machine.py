@@ -1,10 +1,5 @@
 """Processes and devices: models trained side by side, one model trained by several processes, compiling, memory.
 
-    side_by_side(function, jobs, s)      function(*job) for every job, one process per core, one thread each
-    share(rows), data_parallel(model)    one process's part of a training under torchrun; alone: everything
-    compiled(function)                   under torch.compile, where a training is long enough for it to pay
-    with autocast(s): ...                bfloat16 where it was asked for
-
 One thread per process: threads of one process wait for each other at every step, so that a busy neighbour on one core
 stops all of them. Several models side by side use several cores better.
 """
@@ -93,9 +88,8 @@ def _run_job(name, function, job):
 def threads_each(free, processes=1):
     """Threads for each of so many processes on so many cores: 1, unless each can have four; or OMP_NUM_THREADS."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if asked.isascii() and asked.isdigit() and int(asked):
-        return int(asked)
-    return free // processes if free // processes >= 4 else 1
+    own = free // processes if free // processes >= 4 else 1
+    return int(asked) if asked.isascii() and asked.isdigit() and int(asked) else own
 
 
 def cores():
@@ -126,6 +120,13 @@ def of_rank_0(value):
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def first_alone(function, *arguments):
+    """function(*arguments) in every process, first in rank 0: it may download what the others then find."""
+    result = function(*arguments) if rank() == 0 else None
+    of_rank_0(None)
+    return result if rank() == 0 else function(*arguments)
 
 
 def data_parallel(model):
@@ -169,6 +170,10 @@ def usable(device):
     return device
 
 
+def name_of(device):
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else device
+
+
 def has_bf16(device):
     return device.startswith("cuda") and torch.cuda.is_bf16_supported()
 
@@ -195,17 +200,20 @@ def compiling(wanted):
 def compiled(function):
     """The function under torch.compile inside `compiling`; as it is elsewhere, where compiling fails (no C++ compiler,
     say; said once), and inside somebody's own torch.compile."""
-    fast = torch.compile(function, dynamic=True)
+    made = []
 
     def run(*args):
         if not (_compiling["wanted"] and _compiling["possible"]) or torch.compiler.is_compiling():
             return function(*args)
         try:
-            return fast(*args)
+            if not made:
+                torch._dynamo.config.recompile_limit = 64       # a graph for every T, dtype and layout
+                made.append(torch.compile(function, dynamic=True))
+            return made[0](*args)
         except Exception as error:
             result = function(*args)        # raises as well if the arguments are to blame, not the compiler
             _compiling["possible"] = False
-            warnings.warn(f"torch.compile fails here ({error!r:.99}); the neuron runs uncompiled, a few times slower")
+            warnings.warn(f"torch.compile fails here ({error!r:.99}); the neuron runs uncompiled, slower")
             return result
     return run
 

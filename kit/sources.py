@@ -120,7 +120,7 @@ def digits(T=None):
 def split(x, y, test_share, **more):
     from sklearn.model_selection import train_test_split
     count = max(int(np.ceil(test_share * len(y))), len(np.unique(y)))      # every class is tested
-    train, test = train_testsplit(np.arange(len(y)), test_size=count, stratify=y, random_state=0)
+    train, test = train_test_split(np.arange(len(y)), test_size=count, stratify=y, random_state=0)
     return dict(x_train=x[train], y_train=y[train], x_test=x[test], y_test=y[test], **more)
 
 

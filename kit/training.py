@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kit.files import fingerprint, replace_file
-from kit.machine import of_rank_0, rank, say
+from kit.machine import compiling, of_rank_0, rank, say
 
 
 def generator(seed, *purpose):
@@ -70,12 +70,14 @@ class TrainingLog:
     """
     COLUMNS = dict(epoch=9, T=2, loss=7, acc=6, mal_acc=7, CA=6, target_rate=11, sec=6, ETA=7)
 
-    def __init__(self, name, config, s, steps, note, **parts):
+    def __init__(self, name, config, s, steps, **parts):
         self.s, self.n_steps, self.parts, self.config = s, steps, parts, dict(config, name=name)
         self.path = checkpoint_path(self.config, s)
         state = read_checkpoint(self.path, self.config, s, **parts)
         self.history = parts["model"].history = state["history"] if state else []
         self.finished = len(self.history) == s.epochs
+        size = sum(p.numel() for p in parts["model"].parameters())
+        note = f"{s.model}, width {s.width}, T = {s.T}, {size:,} parameters, {steps} steps an epoch"
         if self.finished:
             note = f"finished earlier, read from {self.path}"
         elif self.history:
@@ -89,8 +91,9 @@ class TrainingLog:
         for epoch in range(len(self.history), self.s.epochs):
             self.totals, self.started = torch.zeros(5, dtype=torch.float32, device=self.s.device), time.time()
             torch.manual_seed(generator(self.s.seed, "dropout", epoch, rank()).initial_seed())
-            yield (epoch, generator(self.s.seed, "shuffle", epoch),
-                   generator(self.s.seed, "augmentation", epoch, rank()))
+            with compiling(self.n_steps * self.s.epochs >= 2000):       # else it costs more than it saves
+                yield (epoch, generator(self.s.seed, "shuffle", epoch),
+                       generator(self.s.seed, "augmentation", epoch, rank()))
 
     def steps(self):
         """The numbers of an epoch's steps, with a progress bar on a terminal."""

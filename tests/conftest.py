@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from kit import machine  # noqa: E402
+
 collect_ignore = ["test_exercises.py"]      # unless it is named: unsolved exercises fail there
 
 
@@ -58,7 +60,7 @@ def exercises(request):
 @pytest.fixture
 def draw(request):
     """Random numbers that the test's name and GRADE_SEED decide."""
-    from runs import generator
+    from kit.training import generator
     return generator(os.environ.get("GRADE_SEED", "0"), "exercise", request.node.name)
 
 
@@ -85,5 +87,5 @@ def compile_only_where_it_matters(request, monkeypatch):
     depend on it."""
     if (request.module.__name__ not in ("test_lif", "test_fused")
             and not request.node.name.startswith("test_a_small_batch_can_be_learned")):
-        monkeypatch.setattr("fused.compiled.enabled", False)
+        monkeypatch.setitem(machine._compiling, "possible", False)
         monkeypatch.setenv("BADSNN_COMPILE", "0")

@@ -1,0 +1,4 @@
+"""`python -m lab COMMAND`, which is what `python badsnn.py COMMAND` runs."""
+from lab.cli import main
+
+main()

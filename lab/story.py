@@ -1,0 +1,57 @@
+"""The story: one attack, what stops it and what gives it away, on every seed. `bash run_all.sh` tells it with one."""
+import time
+from dataclasses import replace
+from functools import partial
+
+import badsnn
+from badsnn import asr, evaluate, simple_triggers, train, train_trigger
+from data import load_for
+from kit.files import code_of
+from kit.machine import say, side_by_side
+from lab import defenses, detectors
+from lab.table2 import CODE, as_shipped, kept_part, repair, split_test
+
+ANSWERS = ("none", "nominal", "fine_tune", "anp", "anp_nominal", "clean")
+
+
+def story(data, s):
+    """The attack (badsnn.attack), and for every seed the answers of a defender who holds a few test images: a dict.
+
+    rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS: nothing; the threshold set back;
+    fine-tuning; ANP; ANP and then the threshold set back; and, as the control, a clean model shipped alike. scan: what
+    the threshold scan says, before anything is used, of the shipped model, and of the clean one as it is.
+    """
+    started, attack = time.time(), badsnn.attack(data, s)
+    jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
+    parts = side_by_side(answers_part, jobs, s, [f"answers, seed {one.seed}" for one, _ in jobs])
+    keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
+    return dict(badsnn.describe(data, s), n_defender=parts[0]["n_defender"],
+                rows=[row for part in parts for row in part["rows"]], attack={key: attack[key] for key in keys},
+                scan=[part["scan"] for part in parts], seconds=round(time.time() - started, 1))
+
+
+def answers_part(s, v_thr):
+    """One job: what a defender can do about one seed's network, shipped at v_thr."""
+    data, code = load_for(s), [CODE, code_of("lab/story.py")]
+    return kept_part("story/answers", data, s, code, partial(run_answers, data, s, v_thr), v_thr=v_thr)
+
+
+def run_answers(data, s, v_thr):
+    """One seed's rows and scan, and how many images the defender holds."""
+    s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # story() has just trained these
+    clean, model = train(data, s), train(data, s, "badsnn")
+    triggers = dict(asr_p=simple_triggers(data, s)["asr_p"])
+    t_o = None if data.events else train_trigger(model, data, s, v_thr)[0]
+    if t_o:
+        triggers["asr_o"] = t_o
+    rows, shipped = [], as_shipped(model, v_thr, s)
+    pruned = repair("anp", shipped, x, y, s)
+    networks = (shipped, defenses.restore(shipped), repair("fine_tune", shipped, x, y, s), pruned,
+                defenses.restore(pruned), as_shipped(clean, v_thr, s))
+    for answer, net in zip(ANSWERS, networks):
+        rates = {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()}
+        rows.append(dict(seed=s.seed, answer=answer, **evaluate(net, scored, s, None, None), **dict(asr_o=None) | rates))
+        say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    found, control = detectors.threshold_scan(shipped, x), detectors.threshold_scan(clean, x)
+    scan = dict(seed=s.seed, backdoored=found["score"], clean=control["score"], accused=found["accused"])
+    return dict(rows=rows, scan=scan, n_defender=len(y))

@@ -1,0 +1,119 @@
+"""Table 2 and the story: every row is there once, says what it was measured with, and is not measured again."""
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import trigger
+from data import load_for
+from lab import baselines, defenses, detectors, story, table2
+from lif import neurons
+from settings import preset
+
+BUDGET = dict(fine_tune=dict(epochs=1), anp=dict(iterations=1), tsbd=dict(epochs=1, max_unlearn=1),
+              nad=dict(epochs=1, teacher_epochs=1))
+
+
+@pytest.fixture
+def tiny(digits, tmp_path, monkeypatch):
+    """Makes tiny settings of a data set; defences are short."""
+    for name, budget in BUDGET.items():
+        monkeypatch.setitem(table2.DEFENSES, name, partial(table2.DEFENSES[name], **budget))
+    monkeypatch.setattr(baselines, "pgd", partial(baselines.pgd, steps=2))
+    monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
+    monkeypatch.setattr(detectors, "strip", partial(detectors.strip, overlays=4))
+    return lambda name="digits", **changes: preset(name, **dict(
+        width=4, T=2, epochs=1, n_train=300, n_test=200, poison_ratio=0.1, malicious_rows=8, q=8.0, processes=1, n_o=40,
+        epochs_o=1, device="cpu", data=digits, runs=tmp_path) | changes)
+
+
+def test_defend(tiny):
+    """On digits: rows as the table wants them; a second run reads its parts; another defender is another part."""
+    s = tiny()
+    data = load_for(s)
+    result = table2.defend(data, s)
+    rows, first = result["rows"], result["rows"][0]
+    assert result["n_defender"] == 80 and 0 <= result["clean_ca"] <= 100 and 0 < result["scan_clean_model"] <= 1
+    found = [tuple(row[key] for key in ("attack", "defense", "model", "setting", "trigger")) for row in rows]
+    triggers = sorted({row["trigger"] for row in rows if row["attack"] == "badsnn"})
+    expected = [("badsnn", defense, model, setting, t) for defense in table2.DEFENSES for model in ("attacked", "clean")
+                for setting in ("shipped", "nominal") for t in triggers]
+    expected += [(attack, defense, "attacked", "shipped", attack) for attack in baselines.IMAGE_ATTACKS
+                 for defense in table2.DEFENSES]
+    expected += [(attack, "none", "clean", "shipped", attack) for attack in baselines.IMAGE_ATTACKS]
+    assert sorted(found) == sorted(expected) and triggers[-1] == "T_p"
+    for row in rows:
+        assert all(0 <= row[key] <= 100 for key in ("ca", "target_rate", "asr")) and row["seed"] == 0
+        assert row["v_thr"] == (first["v_thr"] if row["attack"] == "badsnn" and row["setting"] == "shipped" else 1.0)
+        assert isinstance(row["pruned"], int) == (row["defense"] in ("clp", "anp")) and row["defender_at"] == "S_a"
+    assert first["v_thr"] > 1 and [(d["attack"], d["trigger"]) for d in result["detectors"]][-4:] == [
+        (attack, attack) for attack in baselines.IMAGE_ATTACKS]
+    assert all(0 <= d[key] <= 1 for d in result["detectors"] for key in ("strip_auroc", "spikes_auroc", "scan_score"))
+    kept = {path: path.stat().st_mtime_ns for path in s.runs.rglob("table2/*.json")}
+    assert len(kept) == 5 and table2.defend(data, s)["rows"] == rows
+    fewer = table2.defend(data, s, ["badsnn"], "S_n")["rows"]
+    assert {row["attack"] for row in fewer} == {"badsnn"} and {row["defender_at"] for row in fewer} == {"S_n"}
+    untouched = [[row[key] for row in part if (row["attack"], row["defense"]) == ("badsnn", "none")]
+                 for part in (rows, fewer) for key in ("v_thr", "ca", "asr")]
+    assert untouched[:3] == untouched[3:]           # where nothing is repaired it does not matter where
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in s.runs.rglob("table2/*.json")}.items()
+
+
+def test_the_defender_trains_where_the_switch_says(tiny, monkeypatch):
+    """At V_a or at 1.0; and what it leaves is scored at V_a and at 1.0 in both cases."""
+    s = tiny()
+    (x, y, scored), model = table2.split_test(load_for(s), s), table2.badsnn.fresh_model(load_for(s), s)
+    at, scored_at = [], []
+    monkeypatch.setitem(table2.DEFENSES, "none", lambda net, x, y, **options: at.append(net.lif.v_thr) or net)
+    monkeypatch.setattr(table2, "asr", lambda net, *args: scored_at.append(net.lif.v_thr) or 0.0)
+    for where in ("S_a", "S_n"):
+        same = dict(attack="badsnn", defense="none", defender_at=where, model="attacked")
+        table2.rows_of(same, table2.as_shipped(model, 1.2, s), 1.2, {"T_p": None}, x, y, scored, s)
+    assert at == [1.2, 1.0] and scored_at == [1.2, 1.0] * 2 and model.lif.v_thr == 1.0
+
+
+def test_defend_on_events(tiny):
+    """Events have their own attacks, and two defences fewer."""
+    s = tiny("ndigits", poison_ratio=5, n_test=200)
+    result = table2.defend(load_for(s), s, ["static", "badsnn"])
+    assert [(d["attack"], d["trigger"]) for d in result["detectors"]] == [("badsnn", "T_s"), ("static", "static")]
+    assert {row["defense"] for row in result["rows"]} == {"none", "fine_tune", "clp", "anp"}
+    assert len(result["rows"]) == 4 * 4 + 4 + 1
+
+
+def test_defend_refuses_before_it_trains(tiny):
+    s = tiny()
+    data = load_for(s)
+    few = replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
+    for arguments, message in (((few, s), "--n-test"), ((data, s, ["static"]), "badnets"), ((data, s, None, "S"), "S_n")):
+        with pytest.raises(ValueError, match=message):
+            table2.defend(*arguments)
+    assert not list(s.runs.rglob("*.pt"))
+
+
+def test_the_defenders_images_are_drawn_per_class_and_never_scored(tiny):
+    s = tiny()
+    data = load_for(s)
+    x, y, scored = table2.split_test(data, s)
+    assert y.bincount(minlength=10).unique().numel() == 1 and len(y) + len(scored.y_test) == len(data.y_test)
+    seen = {tuple(image.flatten().tolist()) for image in x.mul(255).round().byte()}
+    assert not seen & {tuple(image.flatten().tolist()) for image in scored.x_test}
+
+
+def test_story(tiny):
+    """Every seed has every answer; each is scored at its own setting; nothing is done twice."""
+    s = tiny(seeds=2)
+    data = load_for(s)
+    told = story.story(data, s)
+    assert [(row["seed"], row["answer"]) for row in told["rows"]] == [(i, a) for i in (0, 1) for a in story.ANSWERS]
+    assert all(0 <= row[key] <= 100 for row in told["rows"] for key in ("ca", "target_rate", "asr_p"))
+    assert [scan["seed"] for scan in told["scan"]] == [0, 1] and all(0 < scan["clean"] <= 1 for scan in told["scan"])
+    assert {"at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows"} == set(told["attack"])
+    model, scored = table2.train(data, s, "badsnn"), table2.split_test(data, s)[2]
+    assert told["rows"][1]["ca"] == table2.evaluate(model, scored, s, 1.0, 0.5)["ca"]
+    with neurons(model, 1.0, 0.5), torch.no_grad():
+        guess = model(scored.x_test / 255).argmax(1)
+    assert told["rows"][1]["ca"] == pytest.approx(100 * (guess == scored.y_test).float().mean().item(), abs=0.01)
+    assert story.story(data, s)["rows"] == told["rows"] and len(list(s.runs.rglob("story/*.json"))) == 2
+    assert defenses.restore(model).lif.v_thr == 1.0
