@@ -25,7 +25,7 @@ from data import hold_out, load_for, poison_indices, to_float, to_uint8
 from kit import files, machine
 from kit.files import code_of, fingerprint
 from kit.machine import say
-from lab import ablations, baselines, report, scan, story, table2
+from lab import ablations, baselines, own, report, scan, story, table2
 from settings import CHOICES, KNOBS, PRESETS, Settings, flag, preset
 
 COMMANDS = {"story": "one attack, what stops it, what gives it away", "attack": "Table 1's row of a data set",
@@ -60,11 +60,11 @@ def parse(argv=None):
                     add_option(section, f, getattr(shown, f.name))
     given = vars(parser.parse_args(argv))
     known = {f.name for f in fields(Settings)}
-    own = argparse.Namespace(**{name: value for name, value in given.items() if name not in known})
+    options = argparse.Namespace(**{name: value for name, value in given.items() if name not in known})
     chosen = {name: value for name, value in given.items() if name in known}
     for name, value in chosen.items():
         chosen[name] = tuple(value) if isinstance(value, list) else value
-    return own, preset(chosen.pop("dataset", "digits"), **chosen)
+    return options, preset(chosen.pop("dataset", "digits"), **chosen)
 
 
 def preset_on(argv):
@@ -145,11 +145,11 @@ def kept(name, data, s, compute, **more):
         result = compute(data, s)
         return dict(describe(data, s) | result, seconds=round(time.time() - started, 1))
     result, earlier = files.kept(path, decided_by(data, s, name=name, **more), run, s.fresh)
-    say(f"{'finished earlier, see' if earlier else 'written:'} {path}" + (" (--fresh runs it again)" if earlier else ""))
+    say(f"finished earlier (--fresh runs it again): {path}" if earlier else f"written: {path}")
     return result
 
 
-def run_attack(own, data, s):
+def run_attack(options, data, s):
     result = kept("attack", data, s, badsnn.attack)
     if not data.events:
         write_triggers(data, s, result)
@@ -175,22 +175,22 @@ def write_triggers(data, s, result):
                                            for name, image in images.items()})
 
 
-def run_story(own, data, s):
+def run_story(options, data, s):
     report.print_story(kept("story", data, s, story.story), folder_of(data, s))
 
 
-def run_defend(own, data, s):
-    compute = partial(table2.defend, attacks=own.attacks, defender_at=own.defender_at)
-    kept("defend", data, s, compute, attacks=own.attacks, defender_at=own.defender_at)
+def run_defend(options, data, s):
+    compute = partial(table2.defend, attacks=options.attacks, defender_at=options.defender_at)
+    kept("defend", data, s, compute, attacks=options.attacks, defender_at=options.defender_at)
 
 
-def run_ablate(own, data, s):
-    for study in dict.fromkeys(own.study):
+def run_ablate(options, data, s):
+    for study in dict.fromkeys(options.study):
         kept(study, data, s, lambda data, s: ablations.ablate(data, s, [study])[study])
 
 
-def run_scan(own, data, s):
-    report.print_scan(kept("scan", data, s, partial(scan.scan, n_models=own.models), models=own.models))
+def run_scan(options, data, s):
+    report.print_scan(kept("scan", data, s, partial(scan.scan, n_models=options.models), models=options.models))
 
 
 RUN = dict(attack=run_attack, story=run_story, defend=run_defend, ablate=run_ablate, scan=run_scan)
@@ -203,17 +203,17 @@ def main(argv=None):
             stream.reconfigure(errors="replace")        # a terminal that lacks a letter ends no training
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        own, s = parse(argv)
-        if own.command == "report":
-            return report.report(own.results, own.publish)
-        if own.command == "scan" and (own.weights or own.build):
-            return scan.own(own.weights, own.build, s.data)
+        options, s = parse(argv)
+        if options.command == "report":
+            return report.report(options.results, options.publish)
+        if options.command == "scan" and (options.weights or options.build):
+            return own.own(options.weights, options.build, s.data)
         files.check_writable(s.results, s.runs)
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.cores()))
         with machine.processes(s) as s:
             data = machine.first_alone(load_for, s)
-            RUN[own.command](own, data, s)
+            RUN[options.command](options, data, s)
     except BrokenPipeError:         # `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
