@@ -111,7 +111,7 @@ def scan(data, s, n_models=40):
     both, n = (None, "badsnn"), N_DESIGN + n_models
     if data.name != "digits":
         rows = many(scan_model, [(one, kind) for one in badsnn.every_seed(s) for kind in both])
-        return dict(badsnn.describe(data, s), rows=rows, evaders=[])
+        return dict(rows=rows, evaders=[])
     drawn = [(draw(s, i, kind), kind) for i in range(n) for kind in both]
     drawn += [(draw(s, i, kind), kind) for i in range(max(1, n_models // 8)) for kind in ("badnets", "blend")]
     ways = {True: (1.04, 1.08, 1.12, 1.16), False: (0.96, 0.92, 0.88, 0.84)}        # V_a, by whether V_t is above 1
@@ -119,7 +119,7 @@ def scan(data, s, n_models=40):
     attackers = badsnn.every_seed(replace(s, seeds=EVADE_SEEDS))
     badsnn.train_side_by_side(s, [(one, kind) for one in attackers for kind in both])
     evaders = many(evade, [(one, name) for one in attackers for name in ("none", *EVADERS)])
-    return dict(badsnn.describe(data, s), rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows))
+    return dict(rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows))
 
 
 def summary(rows, n_design=None):
