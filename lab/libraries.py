@@ -3,8 +3,8 @@
     found, unknown = neurons_of(model)      the neurons, and classes of modules that may be some
     with scaled(model, 1.5): ...            all thresholds times 1.5, every call from rest
 
-Known are the neurons of lif.py, SpikingJelly, snnTorch, norse and sinabs, copies of them, and classes derived from them.
-A further library needs one entry in PACKAGES if its neurons keep the threshold in one attribute.
+Known are the neurons of lif.py, SpikingJelly, snnTorch, norse and sinabs, copies of them, and what is derived from
+them. A further library needs one entry in PACKAGES if its neurons keep the threshold in one attribute.
 """
 import contextlib
 
@@ -50,36 +50,28 @@ def get_threshold(m):
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def set_threshold(m, value):
-    """Sets the threshold of a neuron, in the library's own form; nothing is changed in place."""
-    name = entry(m)[0]
-    before = getattr(m, name)
-    if name == "p":
-        value = before._replace(v_th=torch.as_tensor(value))
-    elif isinstance(before, nn.Parameter):
-        value = nn.Parameter(value, before.requires_grad)
-    setattr(m, name, value)
-
-
-def reset(neurons):
-    """Puts to rest what keeps its potential between calls."""
-    for m in neurons:
-        if hasattr(m, entry(m)[1] or "no method"):
-            getattr(m, entry(m)[1])()
-
-
 @contextlib.contextmanager
 def scaled(model, factor=1.0):
-    """Inside, the thresholds of all neurons that are known are `factor` times their own, and those neurons that keep
-    their potential between calls are put to rest before each call of the model."""
+    """Inside, the thresholds of all neurons that are known are `factor` times their own, in the library's own form, and
+    neurons that keep their potential between calls are put to rest before each call of the model."""
     found, _ = neurons_of(model)
-    before = [getattr(m, entry(m)[0]) for m in found]
-    at_rest = model.register_forward_pre_hook(lambda *_: reset(found))
-    try:
+    names, before = [entry(m)[0] for m in found], [getattr(m, entry(m)[0]) for m in found]
+
+    def rest(*_):
         for m in found:
-            set_threshold(m, get_threshold(m) * factor)
+            if hasattr(m, entry(m)[1] or "no method"):
+                getattr(m, entry(m)[1])()
+    hook = model.register_forward_pre_hook(rest)
+    try:
+        for m, name, old in zip(found, names, before):
+            value = get_threshold(m) * factor               # a new one: nothing is changed in place
+            if name == "p":
+                value = old._replace(v_th=torch.as_tensor(value))
+            elif isinstance(old, nn.Parameter):
+                value = nn.Parameter(value, old.requires_grad)
+            setattr(m, name, value)
         yield model
     finally:
-        at_rest.remove()
-        for m, value in zip(found, before):
-            setattr(m, entry(m)[0], value)
+        hook.remove()
+        for m, name, old in zip(found, names, before):
+            setattr(m, name, old)

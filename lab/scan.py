@@ -131,7 +131,8 @@ def summary(rows, n_design=None):
     bad, good = ([row for row in rows if row["kind"] == kind] for kind in ("badsnn", "clean"))
     working = [row for row in bad[n:] if row["ca"] >= 90 and row["asr_p"] - row["target_rate"] >= 50]
     found = {name: judged(bad, good, n, bad[n:], lambda row: row["scores"][name]) for name in SHOWN}
-    found["100 images, attacks that work"] = judged(bad, good, n, working, lambda row: row["scores"]["100 images"])
+    if working:
+        found["100 images, attacks that work"] = judged(bad, good, n, working, lambda row: row["scores"]["100 images"])
     rival = judged(bad, good, n, bad[n:], lambda row: abs(row["v_thr_a"] - V_THR_N))
     return found | {"the threshold alone": dict(rival, accused_right=None, accused_right_interval=None)}
 
@@ -144,9 +145,8 @@ def judged(bad, good, n, measured, score):
     cuts = (cuts[1:] + cuts[:-1]) / 2
     told = [(b > cut).sum() + (g <= cut).sum() for cut in cuts]
     alarm = np.mean([cut for cut, right in zip(cuts, told) if right == max(told)])
-    wins = ((caught[:, None] > clean) + (caught[:, None] == clean) / 2).mean() if len(caught) else None
-    result = dict(alarm=round(float(alarm), 4), auroc=wins and round(float(wins), 4),
-                  interval=wins and auroc_interval(float(wins), len(caught), len(clean)), n=[len(caught), len(clean)])
+    auroc, n = float(((caught[:, None] > clean) + (caught[:, None] == clean) / 2).mean()), [len(caught), len(clean)]
+    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n)
     right = [row["accused"] == row["target"] for row in measured if score(row) > alarm]
     for name, hits in dict(caught=caught > alarm, false_alarms=clean > alarm, accused_right=right).items():
         result |= {name: None, f"{name}_interval": None}

@@ -43,8 +43,7 @@ def test_the_detectors_numbers_by_hand():
     works, alone = found["100 images, attacks that work"], found["the threshold alone"]
     assert works["n"] == [2, 2] and works["auroc"] == 1 and works["alarm"] == 0.6
     assert (alone["alarm"], alone["auroc"], alone["false_alarms"], alone["accused_right"]) == (0.05, 1.0, 0.0, None)
-    assert scan.summary([one for one in rows if one["asr_p"] < 90 or one["kind"] == "clean" or one["scores"]["1 image"]
-                         in (0.7, 0.9)], 2)["100 images, attacks that work"]["auroc"] is None
+    assert "100 images, attacks that work" not in scan.summary([dict(one, ca=89.0) for one in rows], 2)
 
 
 @pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
@@ -215,9 +214,9 @@ def test_no_verdict_where_it_would_mean_nothing(mine, capsys):
     np.savez("one.npz", x=np.load("images.npz")["x_test"][:40])
     np.savez("wrong.npz", x=np.load("images.npz")["x_test"], y=np.roll(np.arange(120) // 40, 40))
     for options, why in ((dict(images="one.npz"), "of one class"), (dict(images="wrong.npz"), "near chance"),
-                         (dict(gain=0.0), "has not learned|alike")):
+                         (dict(gain=0.0), "the same answer")):
         found = mine(0.0, **options)
-        assert found["suspicious"] is None and pytest.importorskip("re").search(why, found["void"]), options
+        assert found["suspicious"] is None and why in found["void"], options
         assert "NO VERDICT" in (out := capsys.readouterr().out) and "SUSPICIOUS" not in out and "Nothing" not in out
 
 
@@ -238,7 +237,7 @@ BAD = [(dict(build="mine"), "module:function"), (dict(build="mine:absent"), "min
        (dict(images="mine.py"), "--data mine.py"), (dict(images="cut.npz"), "--data cut.npz"),
        (dict(images="grey.npz"), "does not take images"), (dict(images="flat.npz"), "N, H, W, C"),
        (dict(images="large.npz"), r"\[0, 1\].*normalisation"), (dict(images="cast.npz"), "whole numbers.*from 0 to 1"),
-       (dict(images="nan.npz"), "NaN"), (dict(images="other.npz"), "no x_test.*only z"), (dict(images="text.npz"), "numbers"),
+       (dict(images="nan.npz"), "NaN"), (dict(images="other.npz"), "no x_test, x_train or x"), (dict(images="text.npz"), "numbers"),
        (dict(images="labels.npz"), "3 labels"), (dict(images="objects.npz"), "objects.npz"),
        (dict(wrap=lambda s: s["tempted"]), "does not fit.*missing: head.bias, head.weight"), (dict(wrap=lambda s: [s]), "missing"),
        (dict(wrap=lambda s: {"net": Path()}), "not a file of tensors"),
