@@ -49,8 +49,8 @@ def run_answers(data, s, v_thr):
     networks = (shipped, defenses.restore(shipped), repair("fine_tune", shipped, x, y, s), pruned,
                 defenses.restore(pruned), as_shipped(clean, v_thr, s))
     for answer, net in zip(ANSWERS, networks):
-        rates = {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()}
-        rows.append(dict(seed=s.seed, answer=answer, **evaluate(net, scored, s, None, None), **dict(asr_o=None) | rates))
+        row = dict(seed=s.seed, answer=answer, **evaluate(net, scored, s, None, None), asr_p=None, asr_o=None)
+        rows.append(row | {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()})
         say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     found, control = detectors.threshold_scan(shipped, x), detectors.threshold_scan(clean, x)
     scan = dict(seed=s.seed, backdoored=found["score"], clean=control["score"], accused=found["accused"])
