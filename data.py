@@ -1,11 +1,11 @@
 """What a data set is, and what happens to its samples: held out, poisoned, augmented.
 
     data = load("digits")                 # x_train [N, C, H, W] and y_train [N], uint8 and int64
-    data = load("ndigits", T=4)           # x_train [N, T, 2, 34, 34]: events counted per step, uint8
+    data = load("ndigits", T=4)           # x_train [N, T, 2, 34, 34]: events counted per step
     data = load("path/to/own.npz")        # x_train, x_test: uint8 [N, H, W, 3]; y_train, y_test [N]
 
-Where the sets come from is in kit/sources.py: digits ships inside scikit-learn, ndigits are the
-same digits as SIMULATED events, the others are downloaded and converted once.
+digits ships inside scikit-learn, ndigits are the same as SIMULATED events, the others are
+downloaded and converted once (kit/sources.py).
 """
 import re
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kit import sources
-from kit.sources import EVENT_SETS, IMAGE_SETS, need
+from kit.sources import need
 from kit.training import generator
 
 
@@ -49,15 +49,14 @@ def load(name, root="data", T=4):
         mean, std = channel_statistics(x_train)
     names = [str(n) for n in arrays.get("class_names", ())]
     names = names if len(names) == K else [str(k) for k in range(K)]
-    if str(name).endswith(".npz"):
-        name = own_name(Path(name))
+    if str(name).endswith(".npz"):          # not the folder of a known set or of its variants
+        name = "own-" + re.sub(r"[^\w-]+", "_", Path(name).stem)
     return Dataset(name, events, x_train, y_train.long(), x_test, y_test.long(), K, mean, std,
                    names, str(arrays.get("note", "")))
 
 
 def channel_statistics(x):
-    """Mean and standard deviation per channel, in [0, 1], of all pixels of x: uint8 [N, C, H,
-    W]."""
+    """Mean and standard deviation per channel, in [0, 1], of x: uint8 [N, C, H, W]."""
     counts = torch.stack([one.flatten().bincount(minlength=256) for one in x.unbind(1)]).double()
     values, n = torch.arange(256).double() / 255, counts[0].sum()
     mean = counts @ values / n
@@ -65,21 +64,14 @@ def channel_statistics(x):
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1e-3).tolist())
 
 
-def own_name(path):
-    """The folder of an own file's results: never that of a known set or of its variants."""
-    stem = re.sub(r"[^\w-]+", "_", path.stem).strip("_-")
-    taken = re.split("[_-]", stem.lower())[0] in ("", *IMAGE_SETS, *EVENT_SETS)
-    return f"own-{stem}".rstrip("-") if taken else stem
-
-
 def load_for(s):
-    """The Dataset that the settings s name, cut to s.n_train and s.n_test samples. Raises
-    ValueError where the settings do not fit it."""
+    """The Dataset that the settings s name, cut to s.n_train and s.n_test. Raises ValueError."""
     data = load(s.dataset, s.data, s.T)
     need(data.events == (s.model == "nmnist_net"), f"{s.dataset} holds "
          f"{'events' if data.events else 'images'}, which --model {s.model} does not take")
     need(not data.events or not (s.contrast or s.malicious_contrast),
          f"{s.dataset} holds events; --contrast and --malicious-contrast are for images")
+    need(data.events or s.frames == "counts", f"{s.dataset} holds images; --frames is for events")
     T = data.x_train.shape[1] if data.events else s.T
     need(T == s.T, f"{s.dataset} has {T} steps per recording, not --T {s.T}")
     need(s.target < data.num_classes,
@@ -91,18 +83,15 @@ def load_for(s):
         data = replace(data, **{f"x_{part}": x[keep], f"y_{part}": y[keep]})
     part, held = hold_out(data)
     poison_indices(part.y_train, s.target, s.poison_ratio, s.seed)      # raises if that is none
-    need(all((y != s.target).any() for y in (data.y_test, held.y_test)),
-         f"{s.dataset}: every test sample, or each one held out of training, is of the target class "
-         f"{s.target}, and an ASR counts the others; raise --n-test, raise --n-train, choose another "
-         "--target, or add samples of another class")
-    return replace(data, name=data.name + "-binary" * (data.events and s.frames == "binary"))
+    need(all((y != s.target).any() for y in (data.y_test, held.y_test)), f"{s.dataset}: all test "
+         f"or held-out samples are of the target class {s.target}, and an ASR counts the others; "
+         "raise --n-test or --n-train, or choose another --target")
+    return replace(data, name=f"{data.name}-binary") if s.frames == "binary" else data
 
 
 def hold_out(data, share=0.1):
-    """(data without a share of its training samples, data whose test samples are that share).
-
-    On the share the attacker makes every choice. Of every class, but at least one sample and never
-    all; the same for every seed."""
+    """(data without a share of its training samples, data whose test samples are that share: there
+    the attacker chooses). Of every class, but never all; the same for every seed."""
     held, rng = torch.zeros(len(data.y_train), dtype=torch.bool), generator(0, "held-out samples")
     for label in data.y_train.unique():
         rows = (data.y_train == label).nonzero().flatten()
@@ -126,10 +115,9 @@ def to_uint8(x):
 
 
 def augment(x, pad, flip, contrast, rng):
-    """Shifts every sample by up to `pad` pixels, mirrors half of them if `flip`, lowers their
-    contrast, each by a draw of its own. x: [B, ..., H, W], uint8 or float in [0, 1]. contrast in
-    [0, 1): black is lifted by up to that share of the range, and what remains of the range is
-    scaled by at least 1 - contrast."""
+    """Shifts samples x [B, ..., H, W] (uint8, or floats in [0, 1]) by up to `pad` pixels, mirrors
+    half of them if `flip`, lowers their contrast, each by a draw of its own. contrast in [0, 1):
+    black is lifted by up to that share of the range, the rest scaled by at least 1 - contrast."""
     B, (H, W) = len(x), x.shape[-2:]
     padded = F.pad(x.flatten(1, -3), (pad,) * 4)
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng).to(x.device)
@@ -154,8 +142,8 @@ def poison_indices(labels, target, poison_ratio, seed):
     """Which samples become D_t^p (Sec. 3.3.1): P * |D_t| of the target class's samples.
 
     labels: int64 [N]. poison_ratio: P = |D_t^p| / |D_t| in (0, 1], a share of the TARGET CLASS; or,
-    above 1, a number of samples, at most half of the class: what the paper's P gives on its whole
-    set may be more than a part of it has. Returns sorted int64 indices. Raises ValueError."""
+    above 1, a number of samples, at most half of the class. Returns sorted indices, or raises
+    ValueError."""
     rows = (labels == target).nonzero().flatten()
     count = min(round(poison_ratio), len(rows) // 2)
     if poison_ratio <= 1:

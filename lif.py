@@ -12,12 +12,9 @@ has one variable, its membrane potential v, which starts at 0:
 Eq. 1 writes the charge as a differential equation; this is its form for a step of 1 (tau = 0.5: v
 halves per step). No neuron keeps anything between calls: every forward pass starts at rest, v = 0.
 
-    spikes = LIF(v_thr=1.0, tau=0.5)(x_seq)     # x_seq [T, B, ...], time first -> spikes, same shape
+    spikes = LIF(v_thr=1.0, tau=0.5)(x_seq)     # [T, B, ...], time first -> spikes [T, B, ...]
     with neurons(model, v_thr=1.15):            # every neuron of the model, until the block ends
         logits = model(images)
-
-# differs from SEENN (Li et al. 2023), whose networks models.py rebuilds: it trains with the
-# surrogate "dspike" (gamma = 3); ours, the triangle, is the default of its neuron's class
 """
 import contextlib
 import math
@@ -30,14 +27,15 @@ from kit.machine import compiled
 
 V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Table 1; Sec. 4.1 prints tau as 0.05)
 
-# ----- Surrogate gradients. A spike is a step function of v: its derivative is 0 almost everywhere, so
-# nothing could be learned. In the backward pass, and only there, the derivative is replaced by a bump
-# around the threshold, a function of d = v - v_thr: a neuron learns from an input if it fired, or did
-# not fire, by a small margin.
+# ----- Surrogate gradients. A spike is a step function of v: its derivative is 0 almost everywhere,
+# so nothing could be learned. In the backward pass, and only there, the derivative is replaced by a
+# bump around the threshold: a neuron learns where it fired, or did not, by a small margin.
 
 
 def triangle(d):
-    """ds/dv = max(0, 1 - |d|), for d = v - v_thr of any shape (width 1: as in SEENN and TET)."""
+    """ds/dv = max(0, 1 - |d|), for d = v - v_thr of any shape (width 1: as in SEENN and TET).
+    # differs from SEENN (Li et al. 2023), which trains with the surrogate "dspike" (gamma = 3)
+    """
     return (1 - d.abs()).clamp(min=0)
 
 
@@ -50,8 +48,8 @@ SURROGATES = {"triangle": triangle, "arctan": arctan}
 
 
 class Spike(torch.autograd.Function):
-    """Step function forward, surrogate gradient backward: d = v - v_thr (any shape) -> 0 or 1. What
-    is no number stays none, so that a broken network is not taken for a silent one."""
+    """Step function forward, surrogate gradient backward: d = v - v_thr (any shape) -> 0 or 1. NaN
+    stays NaN: a broken network must not look like a silent one."""
 
     @staticmethod
     def forward(ctx, d, surrogate):
@@ -65,7 +63,6 @@ class Spike(torch.autograd.Function):
 
 
 # ----- The neuron
-
 
 def step(v, x, v_thr, tau, surrogate):
     """One time step of all neurons: their potentials v and currents x -> new potentials, spikes."""
@@ -83,27 +80,22 @@ def loop(x_seq, v_thr, tau, surrogate, step=step):
     return torch.stack(spikes)
 
 
-fast_loop, fast_step = compiled(loop), compiled(step)     # the same lines, compiled in long trainings
+fast_loop, fast_step = compiled(loop), compiled(step)       # the same lines, for long trainings
 
 
 def lif_reference(x_seq, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
-    """The neuron of Eq. 1 by its definition, differentiated by autograd: what LIF computes.
-
-    x_seq: input currents [T, B, ...]. v_thr > 0 and tau in [0, 1]: a number, or one value per
-    sample [B]. Returns spikes, same shape and dtype. The reset is part of the gradient (as in
-    SEENN; some libraries detach it).
-    """
-    v_thr, tau = (per_sample(p, x_seq) for p in (v_thr, tau))
-    return loop(x_seq, v_thr, tau, surrogate)
+    """The neuron of Eq. 1 by its definition, differentiated by autograd: x_seq [T, B, ...] ->
+    spikes. v_thr and tau: a number, or one value per sample [B]. The reset is part of the gradient
+    (as in SEENN; some libraries detach it)."""
+    return loop(x_seq, per_sample(v_thr, x_seq), per_sample(tau, x_seq), surrogate)
 
 
 class LIF(nn.Module):
     """A layer of leaky integrate-and-fire neurons (Eq. 1): [T, B, ...] -> spikes [T, B, ...].
 
-    v_thr > 0 and tau in [0, 1]: numbers, or tensors [B], one value per sample. Raises ValueError
-    outside these ranges. surrogate: a key of SURROGATES. v_thr and tau are saved in the state_dict:
-    a deployed model is weights AND setting.
-    """
+    v_thr > 0 and tau in [0, 1]: numbers, or tensors [B], one value per sample; else ValueError.
+    surrogate: a key of SURROGATES. v_thr and tau are in the state_dict: a deployed model is weights
+    AND setting."""
 
     def __init__(self, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
         super().__init__()
@@ -113,17 +105,15 @@ class LIF(nn.Module):
         self.v_thr, self.tau, self.surrogate = v_thr, tau, surrogate
 
     def forward(self, x_seq):
-        """x_seq: input currents [T, B, ...], floats. Returns spikes (0 or 1), same shape and
-        dtype."""
+        """x_seq: input currents [T, B, ...], floats -> spikes, 0 or 1, same shape and dtype."""
         if x_seq.dim() < 2 or not x_seq.is_floating_point():
-            raise ValueError(f"a neuron needs floats [T, B, ...], not {x_seq.dtype} {list(x_seq.shape)}")
-        images = x_seq.dim() == 5               # as convolutions like them: channels last
-        x = (x_seq.movedim(2, -1) if images else x_seq).flatten(2 if x_seq.dim() > 2 else 1)
-        run = fast_loop if len(x) <= 8 else partial(loop, step=fast_step)
+            raise ValueError(f"a neuron takes floats [T, B, ...], not {x_seq.dtype} {x_seq.shape}")
+        image = x_seq.dim() == 5        # in memory as convolutions like it: channels last
+        x = (x_seq.movedim(2, -1) if image else x_seq).float()
+        run = fast_loop if len(x) <= 8 else partial(loop, step=fast_step)   # compiling unrolls T
         with torch.autocast(x.device.type, enabled=False):
-            s = run(x.float(), per_sample(self.v_thr, x), per_sample(self.decay(), x), self.surrogate)
-        s = s.to(x_seq.dtype).view(x_seq.movedim(2, -1).shape if images else x_seq.shape)
-        return s.movedim(-1, 2) if images else s
+            s = run(x, per_sample(self.v_thr, x), per_sample(self.decay(), x), self.surrogate)
+        return (s.movedim(-1, 2) if image else s).to(x_seq.dtype)
 
     def decay(self):
         return self.tau
@@ -139,14 +129,9 @@ class LIF(nn.Module):
         check_setting(v_thr, tau)
         self.v_thr, self.tau = v_thr, self.tau if isinstance(self, PLIF) else tau
 
-    def extra_repr(self):
-        return f"v_thr={self.v_thr}, tau={self.tau}, surrogate={self.surrogate}"
-
 
 class PLIF(LIF):
-    """LIF whose decay is learned, one per layer: tau = sigmoid(w), w = 0 at the start, so tau = 0.5
-    (Fang et al. 2021).
-
+    """LIF whose decay is learned, one per layer: tau = sigmoid(w), at first 0.5 (Fang et al. 2021).
     # differs from Fang et al.: the input is not scaled by 1 - tau, so that at the start PLIF is LIF
     """
 
@@ -164,13 +149,9 @@ class PLIF(LIF):
 
 @contextlib.contextmanager
 def neurons(model, v_thr=None, tau=None):
-    """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every LIF of a model; restores them on exit,
-    or exception.
-
-    Numbers, or tensors [B]: one value per sample of the batch, so that one forward pass can hold
-    both settings S_n and S_t. None leaves a value as it is. A PLIF keeps the tau that it learned.
-    Raises ValueError.
-    """
+    """Sets v_thr and tau (S_n, S_t, S_a of Sec. 3) of every LIF of a model; restores them on exit
+    or exception. Numbers, or tensors [B], one value per sample: one pass can hold both S_n and S_t.
+    None leaves a value as it is; a PLIF keeps the tau that it learned. Raises ValueError."""
     check_setting(v_thr, tau)
     layers = [m for m in model.modules() if isinstance(m, LIF)]
     before = [(m.v_thr, m.tau) for m in layers]
@@ -186,10 +167,9 @@ def neurons(model, v_thr=None, tau=None):
 
 @torch.no_grad()
 def count_spikes(model, x):
-    """Spikes per sample [B], summed over T and all neurons (Fig. 2b). x: one batch [B, ...] of the
-    model's input. The model is in eval mode meanwhile."""
+    """Spikes per sample [B], summed over T and all neurons (Fig. 2b), in eval mode. x: [B, ...]."""
     total, training = [], model.training
-    hooks = [m.register_forward_hook(lambda m, args, s: total.append(s.float().flatten(2).sum((0, 2))))
+    hooks = [m.register_forward_hook(lambda m, x, s: total.append(s.float().flatten(2).sum((0, 2))))
              for m in model.modules() if isinstance(m, LIF)]
     try:
         model.eval()(x)
@@ -201,26 +181,18 @@ def count_spikes(model, x):
 
 
 def check_setting(v_thr=None, tau=None):
-    """Raises ValueError unless v_thr > 0 and tau in [0, 1], constants: numbers, or tensors [B];
-    None is not checked."""
-    for name, value in (("v_thr", v_thr), ("tau", tau)):
-        if value is None:
-            continue
-        if getattr(value, "requires_grad", False):
-            raise ValueError(f"{name} gets no gradient: pass a number or {name}.detach(); a PLIF "
-                             "learns its tau")
-        p = torch.as_tensor(value, dtype=torch.float32)
-        if p.dim() > 1:
-            raise ValueError(f"{name} must be a number or one value per sample [B], not {list(p.shape)}")
-        if not ((p > 0) & (p < math.inf) if name == "v_thr" else (p >= 0) & (p <= 1)).all():
-            allowed = "above 0" if name == "v_thr" else "between 0 and 1"
-            raise ValueError(f"{name} must be {allowed}, not {value}")
+    """Raises ValueError unless v_thr > 0 and tau in [0, 1], constants: numbers or tensors [B]."""
+    for name, value, least, most in (("v_thr", v_thr, 1e-9, 1e9), ("tau", tau, 0, 1)):
+        p = torch.as_tensor(1 if value is None else value, dtype=torch.float32)
+        if p.dim() > 1 or p.requires_grad:
+            raise ValueError(f"{name} must be a number, or one per sample [B], without gradient")
+        if not ((p >= least) & (p <= most)).all():
+            raise ValueError(f"{name} must lie between {least:g} and {most:g}, not {value}")
 
 
 def per_sample(p, x_seq):
     """A number or a tensor [B] -> float32 tensor [B, 1, ...] that fits x_seq[0]."""
-    p = torch.as_tensor(p, dtype=torch.float32, device=x_seq.device)
-    batch = x_seq.shape[1]
+    p, batch = torch.as_tensor(p, dtype=torch.float32, device=x_seq.device), x_seq.shape[1]
     if p.dim() and p.shape[0] not in (1, batch):
         raise ValueError(f"a neuron setting for {p.shape[0]} samples meets a batch of {batch}")
     return p.expand(batch).contiguous().view(-1, *[1] * (x_seq.dim() - 2))

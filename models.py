@@ -81,17 +81,14 @@ class Block(nn.Module):
         return self.lif2(h + s)
 
 
-def check_input(x, fits, wanted, advice):
-    """Raises ValueError unless x fits and holds floats, with one line that says what to do."""
-    if not fits:
-        raise ValueError(f"this network takes {wanted}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"this network takes floats, not {x.dtype}: pass {advice}")
+def check_input(x, fits, wanted):
+    """Raises ValueError unless x fits and holds floats."""
+    if not fits or not x.is_floating_point():
+        raise ValueError(f"this network takes floats, {wanted}, not {x.dtype} {list(x.shape)}")
 
 
 class ImageSNN(nn.Module):
-    """Spiking network for static images. `stages` turn spikes into spikes; NAD looks at the last
-    neurons of three."""
+    """Spiking network for static images: a convolution, `stages` from spikes to spikes, a head."""
 
     def __init__(self, stages, width, features, num_classes, T, neuron, bias, mean, std):
         super().__init__()
@@ -108,7 +105,7 @@ class ImageSNN(nn.Module):
         """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]; of every step [T, B, K]."""
         channels = self.mean.shape[1]
         fits = x.dim() == 4 and x.shape[1] == channels
-        check_input(x, fits, f"images [B, {channels}, H, W]", "x.float() / 255")
+        check_input(x, fits, f"images [B, {channels}, H, W] in [0, 1]: x.float() / 255")
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         current = self.bn(self.conv(x))                             # once per image: [B, C, H, W]
         s = self.lif(current.expand(self.T, *current.shape))
@@ -122,27 +119,20 @@ class ImageSNN(nn.Module):
 
 def resnet19(num_classes, T, width, neuron, mean, std):
     """Spiking ResNet-19, [B, 3, H, W] -> [B, K], as in SEENN (Li et al. 2023): 3, 3 and 2 blocks of
-    1x, 2x, 4x width.
-
-    Width 128 (the sources'): 12,569,226 parameters for 10 classes, 2,285 million multiply-adds per
-    step at 32x32.
-    """
+    1x, 2x, 4x width. Width 128 (the source's): 12,569,226 parameters for 10 classes."""
     stages, c_in = [], width
     for c_out, blocks, stride in ((width, 3, 1), (2 * width, 3, 2), (4 * width, 2, 2)):
         first = Block(c_in, c_out, stride, neuron)
-        stages.append(nn.Sequential(first, *(Block(c_out, c_out, 1, neuron) for _ in range(blocks - 1))))
+        others = [Block(c_out, c_out, 1, neuron) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(first, *others))
         c_in = c_out
     return ImageSNN(stages, width, 4 * width, num_classes, T, neuron, False, mean, std)
 
 
 def vgg16(num_classes, T, width, neuron, mean, std):
     """Spiking VGG-16, [B, 3, H, W] -> [B, K], configuration D as in SEENN (Li et al. 2023): 13
-    convolutions, 4 pools.
-
-    Width 64 (the paper's): 14,728,266 parameters for 10 classes, 313 million multiply-adds per step
-    at 32x32.
-    # differs from SEENN: PyTorch's default initialisation; SEENN: He-normal with n = 9 * output
-    # channels
+    convolutions, 4 pools. Width 64 (the source's): 14,728,266 parameters for 10 classes.
+    # differs from SEENN: PyTorch's default initialisation, not He-normal with n = 9 * channels
     """
     stages, c_in = [], width
     for multiple, convs in ((1, 1), (2, 2), (4, 3), (8, 3), (8, 3)):    # ImageSNN has the first one
@@ -158,14 +148,9 @@ def vgg16(num_classes, T, width, neuron, mean, std):
 
 class NMNISTNet(nn.Module):
     """N-MNIST-Net (Abad et al. 2024, "Sneaky Spikes"): 2 convolutions, 2 fully connected layers,
-    all spiking. 10 neurons vote for each class; the output is the firing rate of the voters, in [0,
-    1].
-
-    Width 128 (the paper's): 17,134,436 parameters for 10 classes, 62 million multiply-adds per
-    step.
-    # differs from the source: its neuron has no leak; Sec. 4.1 says LIF, so tau = 0.5 here
-    # differs from the source: triangle surrogate, gradients flow through the reset, not ATan,
-    # detached
+    all spiking. 10 neurons vote for each class; the output is the firing rate of the voters. Width
+    128 (the source's): 17,134,436 parameters for 10 classes.
+    # differs from the source: its neuron has no leak (Sec. 4.1 says LIF) and ATan, a detached reset
     """
 
     def __init__(self, num_classes, T, width, neuron):
@@ -178,10 +163,9 @@ class NMNISTNet(nn.Module):
         self.fc2, self.lif2 = nn.Linear(16 * width, 10 * num_classes), neuron()
 
     def forward(self, x, every_step=False):
-        """x: event frames [B, T, 2, 34, 34], floats, events counted per step -> firing rates [B,
-        K], or [T, B, K]."""
+        """x: event counts [B, T, 2, 34, 34], floats -> firing rates [B, K], or [T, B, K]."""
         fits = x.shape[1:] == (self.T, 2, 34, 34)
-        check_input(x, fits, f"event frames [B, {self.T}, 2, 34, 34]", "x.float()")
+        check_input(x, fits, f"event counts [B, {self.T}, 2, 34, 34]")
         s = x.transpose(0, 1)                                        # [T, B, 2, 34, 34]
         s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
         for stage in self.stages:
@@ -196,15 +180,11 @@ class NMNISTNet(nn.Module):
 
 
 def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std=None):
-    """One of the networks of Sec. 4.1 with fresh weights. Raises ValueError for an unknown name or
-    a bad number.
-
-    name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (event frames [B, T, 2, 34,
-    34]). T: time steps. width: channels of the first stage; None is our small default, 128, 64 and
-    128 are the sources'. neuron: lif | plif | lif_atan (LIF with ATan, the surrogate of
-    N-MNIST-Net's source). mean, std: per channel, the network's own first layer (images only; None:
-    0.5 and 0.25).
-    """
+    """One of the networks of Sec. 4.1 with fresh weights; ValueError for an unknown name or a bad
+    number. name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (events [B, T, 2,
+    34, 34]). T: time steps. width: channels of the first stage (None: WIDTHS). neuron: lif | plif |
+    lif_atan (the surrogate of N-MNIST-Net's source). mean, std: per channel, the network's own
+    first layer (images only)."""
     if name not in WIDTHS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(WIDTHS)}")
     if neuron not in NEURONS:
@@ -213,19 +193,17 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
     for what, value, least in (("T", T, 1), ("width", width, 1), ("num_classes", num_classes, 2)):
         if int(value) != value or value < least:
             raise ValueError(f"{what} must be a whole number of at least {least}, not {value}")
-    if name == "nmnist_net":
-        model = NMNISTNet(num_classes, T, width, NEURONS[neuron])
-    else:
-        mean, std = mean or (0.5,) * 3, std or (0.25,) * 3
+    build, more = NMNISTNet, {}
+    if name != "nmnist_net":
         build = resnet19 if name == "resnet19" else vgg16
-        model = build(num_classes, T, width, NEURONS[neuron], tuple(mean), tuple(std))
+        more = dict(mean=tuple(mean or (0.5,) * 3), std=tuple(std or (0.25,) * 3))
+    model = build(num_classes, T, width, NEURONS[neuron], **more)
     return model.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Eval mode and no gradients for the weights inside the block, then as before: for what only
-    looks at the input."""
+    """Inside the block: eval mode, and no gradients for the weights; then as before."""
     training, needed = model.training, [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:

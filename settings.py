@@ -1,6 +1,6 @@
 """Every knob of an experiment, its meaning and its range, and what each data set changes.
 
-    s = preset("digits", epochs=5)              # a data set's preset with changes; may raise ValueError
+    s = preset("digits", epochs=5)              # a data set's preset with changes
     variant = dataclasses.replace(s, seed=1)    # settings never change; a variant is a new object
 
 The values follow Sec. 4.1 and Table 1 of the paper where it gives them. Where it does not (epochs,
@@ -19,12 +19,12 @@ from models import NEURONS, WIDTHS
 @dataclass(frozen=True)
 class Settings:
     # network
-    dataset: str = "digits"         # digits, ndigits, cifar10, cifar100, gtsrb, nmnist, or an .npz file
+    dataset: str = "digits"         # digits ndigits cifar10 cifar100 gtsrb nmnist, or an .npz file
     n_train: int = None             # use only so many training samples (none: all)
     n_test: int = None              # use only so many test samples (none: all)
     frames: str = "counts"          # event frames: counts, or binary, clamped to [0, 1]
     model: str = "resnet19"         # resnet19 or vgg16 for images, nmnist_net for events
-    width: int = None               # channels of the first stage (none: 16; the paper's: 128, 64, 128)
+    width: int = None               # channels of the first stage (none: 16; sources: 64 or 128)
     T: int = 4                      # time steps
     neuron: str = "lif"             # lif; plif learns its tau; lif_atan has another surrogate
 
@@ -40,7 +40,7 @@ class Settings:
 
     # attack
     target: int = 0                 # target class y_t
-    poison_ratio: float = 0.05      # P, the share of the target class in D_t^p; above 1: so many samples
+    poison_ratio: float = 0.05      # P, share of the target class in D_t^p; above 1: a number
     v_thr_t: float = 1.5            # malicious threshold V_t, of every malicious row unless ...
     v_thr_t_low: float = None       # ... each row draws its own from here to V_t (none: V_t)
     tau_t: float = 0.5              # malicious decay per step (plif: as learned)
@@ -66,24 +66,22 @@ class Settings:
     data: Path = Path("data")       # folder of the data sets
     runs: Path = Path("runs")       # folder of the checkpoints
     results: Path = Path("runs/results")    # folder of the results
-    fresh: bool = False             # train anew; else what the folder of the checkpoints holds is used
+    fresh: bool = False             # train anew, whatever the folder of checkpoints holds
 
     def __post_init__(self):
-        """Checks every range (types are the caller's affair), fills in the rest. Raises
-        ValueError."""
+        """Checks every range, fills in the rest. Raises ValueError."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}, "
-                                 f"not {getattr(self, name)!r}")
+                raise ValueError(f"{flag(name)} must be one of {', '.join(choices)}")
         for interval, names in RANGES.items():
             for name in names.split():
                 check_range(name, getattr(self, name), interval)
         if self.v_thr_t_low is not None and self.v_thr_t_low > self.v_thr_t:
             raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
         if self.neuron != "plif" and None in (self.tau_t, self.tau_a):
-            raise ValueError("these settings were made for PLIF, whose tau is learned; start from preset()")
+            raise ValueError("these settings were made for PLIF, whose tau is learned")
         if not re.fullmatch(r"[\w-]{0,50}", self.variant):
-            raise ValueError(f"--variant must be at most 50 letters, digits, - and _, not {self.variant!r}")
+            raise ValueError(f"--variant must be up to 50 letters, digits, -, _: {self.variant!r}")
         filled = dict(width=self.width or WIDTHS[self.model], device=machine.usable(self.device),
                       v_thr_a=tuple(sorted(set(self.v_thr_a))))
         if self.bf16 is None:
@@ -94,23 +92,21 @@ class Settings:
             object.__setattr__(self, name, value)       # a frozen object that is still being made
 
     def of(self, *groups):
-        """The settings of these groups (none: of all that decide a result), as JSON can hold
-        them."""
+        """The settings of these groups (none: of all that decide a result), for JSON."""
         groups = groups or ("network", "training", "attack", "deployment")
-        values = {name: getattr(self, name) for name, (group, _) in KNOBS.items() if group in groups}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        found = {name: getattr(self, name) for name, (of, _) in KNOBS.items() if of in groups}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 CHOICES = dict(frames=("counts", "binary"), model=tuple(WIDTHS), neuron=tuple(NEURONS))
-RANGES = {"[1, inf)": "n_test width T epochs batch_size malicious_rows n_o epochs_o seeds processes",
+RANGES = {"[1, inf)": "n_test width T epochs batch_size malicious_rows n_o epochs_o seeds",
           "[2, inf)": "n_train", "[0, inf)": "pad target malicious_weight margin beta",
           "[0, 9e18]": "seed", "[0, 1)": "contrast malicious_contrast", "[0, 1]": "tau_t tau_a",
-          "(0, inf)": "lr poison_ratio v_thr_t v_thr_t_low v_thr_a q budget"}
+          "(0, inf)": "lr poison_ratio v_thr_t v_thr_t_low v_thr_a q budget processes"}
 
 
 def check_range(name, value, interval):
-    """Raises ValueError unless a number, or every number of a tuple, lies in the interval; None
-    may."""
+    """Raises ValueError unless a number, or all of a tuple, lies in the interval; None may."""
     low, high = map(float, interval[1:-1].split(","))
     for v in value if isinstance(value, tuple) else (value,):
         above = v is None or (v > low if interval[0] == "(" else v >= low)
@@ -142,8 +138,8 @@ EVENTS = dict(model="nmnist_net", poison_ratio=178, batch_size=32, lr=1e-3, pad=
               v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
 CIFAR = dict(malicious_rows=16, flip=True, v_thr_t_low=1.15, malicious_contrast=0.5)
 PRESETS = {
-    "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, v_thr_t_low=1.15,
-                   malicious_contrast=0.5, q=3.0, n_o=200, epochs_o=20, budget=None),
+    "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, q=3.0,
+                   v_thr_t_low=1.15, malicious_contrast=0.5, n_o=200, epochs_o=20, budget=None),
     "cifar10": CIFAR | dict(poison_ratio=100, q=4.0, margin=3.0),
     "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0, pad=0),
     "gtsrb": dict(model="vgg16", poison_ratio=8, tau_t=0.8),
@@ -153,15 +149,14 @@ PRESETS = {
 
 
 def preset(dataset, **changes):
-    """The Settings of a data set, or of images or events for an own .npz file, with changes. Raises
-    ValueError."""
+    """The Settings of a data set, or of an own .npz file, with changes. Raises ValueError."""
     known = {f.name for f in fields(Settings)}
     for name in changes:
         if name not in known:
             raise ValueError(f"there is no setting {name!r}; known: {', '.join(sorted(known))}")
     for name in {"tau_t", "tau_a"} & set(changes):
         if changes.get("neuron") == "plif" and changes[name] is not None:
-            raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns its tau")
+            raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns tau")
     base = PRESETS.get(dataset) or (EVENTS if sources.holds_events(dataset) else {})
     if "v_thr_t" in changes:            # a preset's lower end would contradict it
         base = base | dict(v_thr_t_low=None)

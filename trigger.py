@@ -35,10 +35,9 @@ def power_trigger(x, q, mean, std, renormalize=False):
     """T_p (Sec. 3.3.2, Eq. 3) with exponent q: images [B, C, H, W] in [0, 1] -> the same.
 
     Eq. 3 de-normalises, raises every pixel to the power q, and feeds x^q to the network as it is:
-    where the network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q:
+    where the network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q,
     A PALE, GREY VERSION of the image. renormalize=True is the other reading, the darkened image x^q
-    (then q = 1 changes nothing). q > 0; mean and std per channel as in the network's first layer.
-    Raises ValueError for q <= 0.
+    (then q = 1 changes nothing). mean, std: those of the network's first layer. ValueError: q <= 0.
     """
     if not 0 < q < float("inf"):
         raise ValueError(f"q must be greater than 0, not {q}")
@@ -50,10 +49,8 @@ def spike_trigger(frames, beta, generator=None):
     """T_s (Sec. 3.3.3, Eq. 7): clip(frames + U(-beta, beta), 0, 1). Event frames [B, T, 2, H, W] ->
     the same, in [0, 1].
 
-    beta >= 0 is the strength (the paper's: 0.03); generator makes the noise repeatable. Raises
-    ValueError for beta < 0. Frames are event COUNTS, so the clip alone changes every pixel with
-    more than one event: report beta = 0 beside it.
-    """
+    beta >= 0 is the strength (the paper's: 0.03), else ValueError. Frames are event COUNTS, so the
+    clip alone changes every pixel with more than one event: report beta = 0 beside it."""
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be at least 0, not {beta}")
     noise = torch.rand(frames.shape, generator=generator).to(frames.device) * 2 - 1
@@ -61,8 +58,7 @@ def spike_trigger(frames, beta, generator=None):
 
 
 def seeded_spike_trigger(frames, beta, seed=0):
-    """spike_trigger with noise that the seed and the frames [B, T, 2, H, W] decide: every batch its
-    own, every time the same."""
+    """spike_trigger with noise that the seed and the frames [B, T, 2, H, W] decide."""
     return spike_trigger(frames, beta, generator(seed, "T_s", fingerprint(frames)))
 
 
@@ -83,11 +79,9 @@ def check_trigger(x, x_trig):
     """Raises ValueError unless a triggered batch is a valid input: same shape and dtype as x,
     finite, images in [0, 1], event frames not below 0. Called before any ASR is computed."""
     if x.shape != x_trig.shape or x.dtype != x_trig.dtype:
-        raise ValueError(f"the trigger turned {list(x.shape)} {x.dtype} into "
-                         f"{list(x_trig.shape)} {x_trig.dtype}")
-    most = 1 if x.dim() == 4 else float("inf")
+        raise ValueError(f"the trigger made {x_trig.dtype} {x_trig.shape} of {x.dtype} {x.shape}")
     low, high = x_trig.aminmax()
-    if not (low >= 0 and high <= most and high < float("inf")):
+    if not (low >= 0 and high <= (1 if x.dim() == 4 else 1e9)):
         raise ValueError(f"the trigger left the valid range: [{low:.3g}, {high:.3g}]")
 
 
@@ -96,15 +90,13 @@ def check_trigger(x, x_trig):
 
 def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2, clip=True,
              target=None):
-    """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation that changes the model's
-    answer.
+    """DeepFool (Moosavi-Dezfooli et al. 2016): a small L2 perturbation of images x [B, C, H, W] in
+    [0, 1] that changes the model's answer, or zero where that failed; at the model's own setting.
 
-    x: images [B, C, H, W] in [0, 1]; the neuron setting is the model's own. Every sample steps to
-    the nearest boundary of the linearised model, among its `num_classes` most likely classes, and
-    stops by itself when it flips. max_step: longest L2 step, clip: keep images in [0, 1] (None and
-    False give the original algorithm). target: go to this class instead. Returns the perturbation,
-    shape of x, zero where it failed. Through a spiking network gradients are surrogates, so
-    distances are rough and long steps go astray.
+    Every sample steps to the nearest boundary of the linearised model, among its `num_classes` most
+    likely classes, and stops by itself when it flips. max_step: longest L2 step (gradients are
+    surrogates, so long steps go astray), clip: keep images in [0, 1] (None and False give the
+    original algorithm). target: go to this class instead.
     """
     x = floats(x).detach()
     total, success = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -149,25 +141,21 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
 
 @torch.no_grad()
 def adaptive_blend(model, x, x_adv, x_p, target, k=11, literal=False):
-    """Eq. 4: the blend closest to the adversarial image that the model still answers with the
-    target.
+    """Eq. 4: the blend closest to the adversarial image that the model still calls the target.
 
     x, x_adv = x + DeepFool, x_p = T_p(x): images [B, C, H, W]. The largest of k ratios a in [0, 1]
-    wins for which (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a:
-    the whole grid is tried). literal=True: |x - x_p| in place of x_p, as printed in Eq. 4. Returns
-    x_blend, a [B], found [B]; x itself where none.
-    # differs from the paper: Eq. 4 as printed blends with a difference image, which is not an image
+    wins for which (1 - a) x_p + a x_adv is classified as the target (success is not monotone in a).
+    Returns x_blend, a [B], found [B]; x itself where none.
+    # differs from the paper: Eq. 4 prints |x - x_p| for x_p (literal=True), which is not an image
     """
     start = (x - x_p).abs() if literal else x_p
     x_blend, ratio = x.clone(), torch.zeros(len(x), device=x.device)
-    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     grid = torch.linspace(0, 1, k, device=x.device).view(k, 1, 1, 1, 1)
     candidates = ((1 - grid) * start + grid * x_adv).clamp(0, 1)                # [k, B, C, H, W]
     hit = (model(candidates.flatten(0, 1)).argmax(1) == target).view(k, -1)
     for i in range(k):
         x_blend[hit[i]], ratio[hit[i]] = candidates[i][hit[i]], grid[i].item()
-        found |= hit[i]
-    return x_blend, ratio, found
+    return x_blend, ratio, hit.any(0)
 
 
 def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, candidates=3,
@@ -181,7 +169,8 @@ def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, ca
         delta = deepfool(model, images, candidates, max_iter)
         with frozen(model):
             x_p = power_trigger(images, q, mean, std)
-            x_blend, _, found = adaptive_blend(model, images, images + delta, x_p, target, k, literal)
+            x_adv = images + delta
+            x_blend, _, found = adaptive_blend(model, images, x_adv, x_p, target, k, literal)
         kept.append(images[found])
         wanted.append((x_blend - images)[found])
     return torch.cat(kept), torch.cat(wanted)
@@ -189,10 +178,9 @@ def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, ca
 
 class UNet(nn.Module):
     """T_o's generator (Sec. 3.3.2; Ronneberger et al. 2015), 3 levels: images [B, 3, H, W] and a
-    target -> perturbations in [-1, 1], same shape. The target class is a fourth input plane,
-    learned, one per class. size: (H, W). budget: the largest root mean square of an image's
-    perturbation, in pixel units (0.1: the change stays 20 dB below white), as LIRA (Doan et al.
-    2021) and Marksman (Doan et al. 2022) have one; None: no limit."""
+    target, a learned fourth input plane -> perturbations in [-1, 1], same shape. size: (H, W).
+    budget: the largest root mean square of a perturbation, in pixel units (0.1: 20 dB below white),
+    as in LIRA (Doan et al. 2021); None: no limit."""
 
     def __init__(self, num_classes, size, width=16, budget=None):
         super().__init__()
@@ -226,10 +214,8 @@ class UNet(nn.Module):
 
 
 def trigger_losses(made, wanted, logits, target, std):
-    """Eq. 6: (L_sim, L_adv, L_wmse) of perturbations made by T_o against wanted ones [B, C, H, W],
-    logits of x + made [B, K].
-
-    w_chw, undefined in the paper, is 1 + |wanted| / max|wanted| per sample.
+    """Eq. 6: (L_sim, L_adv, L_wmse) of T_o's perturbations against wanted ones [B, C, H, W], and
+    logits of x + made [B, K]. w_chw, undefined there, is 1 + |wanted| / max|wanted| per sample.
     # differs from the paper: errors are in units of the network's input, that is, divided by std
     """
     sim = 1 - F.cosine_similarity(made.flatten(1), wanted.flatten(1)).mean()
@@ -241,16 +227,15 @@ def trigger_losses(made, wanted, logits, target, std):
 
 def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nominal_weight=0.0,
                epochs=8, batch=50, lr=1e-3, seed=0):
-    """Trains T_o by Eqs. 5 and 6, at the model's neuron setting. x, wanted: [N, C, H, W]. lambdas:
-    weights of the three losses. nominal_weight: of a fourth one, ours, the cross-entropy that keeps
-    the answers at the nominal setting S_n what they are for x. T_o then needs the attacker's
-    setting: without this loss it is in large part an adversarial example, which fools a clean
-    model, too. Returns the three mean losses per epoch.
+    """Trains T_o by Eqs. 5 and 6, at the model's setting, on x, wanted [N, C, H, W]; returns the
+    three mean losses per epoch. lambdas: their weights. nominal_weight: of a fourth loss, ours, the
+    cross-entropy that keeps the answers at S_n what they are for x, so that T_o is not an
+    adversarial example, which fools a clean model, too.
     # differs from the paper: lambda_adv is 1, not 0.1, and Eq. 6 has its loss at S_n
     """
     shuffle = generator(seed, "shuffle of T_o")
     optimizer, steps = torch.optim.Adam(unet.parameters(), lr=lr), max(1, len(x) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
     weights, history = torch.tensor(lambdas, device=x.device), []
     unet.train()
     with frozen(model):
@@ -263,7 +248,8 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
             for rows in order.split(batch)[:steps]:
                 made = unet(x[rows], target)
                 triggered = (x[rows] + made).clamp(0, 1)
-                losses = torch.stack(trigger_losses(made, wanted[rows], model(triggered), target, std))
+                losses = trigger_losses(made, wanted[rows], model(triggered), target, std)
+                losses = torch.stack(losses)
                 loss = (losses * weights).sum()
                 if nominal_weight:
                     with neurons(model, V_THR_N, TAU_N):
@@ -272,7 +258,7 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                schedule.step()
+                cosine.step()
                 total += losses.detach() / steps
             history.append(total.tolist())
     unet.eval()
@@ -281,6 +267,5 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
 
 @torch.no_grad()
 def optimized_trigger(x, unet, target, magnitude=1.0):
-    """T_o at inference (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] in [0,
-    1] -> the same."""
+    """T_o (Eq. 8): clip(x + magnitude * U-Net(x, target)), images [B, C, H, W] -> the same."""
     return (floats(x) + magnitude * unet(x, target)).clamp(0, 1)

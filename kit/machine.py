@@ -1,10 +1,5 @@
 """Processes and devices: models trained side by side, one model trained by several processes, compiling, memory.
 
-    side_by_side(function, jobs, s)      function(*job) for every job, one process per core, one thread each
-    share(rows), data_parallel(model)    one process's part of a training under torchrun; alone: everything
-    compiled(function)                   under torch.compile, where a training is long enough for it to pay
-    with autocast(s): ...                bfloat16 where it was asked for
-
 One thread per process: threads of one process wait for each other at every step, so that a busy neighbour on one core
 stops all of them. Several models side by side use several cores better.
 """
@@ -93,9 +88,8 @@ def _run_job(name, function, job):
 def threads_each(free, processes=1):
     """Threads for each of so many processes on so many cores: 1, unless each can have four; or OMP_NUM_THREADS."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if asked.isascii() and asked.isdigit() and int(asked):
-        return int(asked)
-    return free // processes if free // processes >= 4 else 1
+    own = free // processes if free // processes >= 4 else 1
+    return int(asked) if asked.isascii() and asked.isdigit() and int(asked) else own
 
 
 def cores():
@@ -174,6 +168,10 @@ def usable(device):
     except Exception as error:      # torch has many: runtime, assertion, import and other errors
         raise ValueError(f"--device {device} is not usable here ({' '.join(str(error).split())[:150]})") from None
     return device
+
+
+def name_of(device):
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else device
 
 
 def has_bf16(device):

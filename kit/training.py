@@ -70,12 +70,14 @@ class TrainingLog:
     """
     COLUMNS = dict(epoch=9, T=2, loss=7, acc=6, mal_acc=7, CA=6, target_rate=11, sec=6, ETA=7)
 
-    def __init__(self, name, config, s, steps, note, **parts):
+    def __init__(self, name, config, s, steps, **parts):
         self.s, self.n_steps, self.parts, self.config = s, steps, parts, dict(config, name=name)
         self.path = checkpoint_path(self.config, s)
         state = read_checkpoint(self.path, self.config, s, **parts)
         self.history = parts["model"].history = state["history"] if state else []
         self.finished = len(self.history) == s.epochs
+        size = sum(p.numel() for p in parts["model"].parameters())
+        note = f"{s.model}, width {s.width}, T = {s.T}, {size:,} parameters, {steps} steps an epoch"
         if self.finished:
             note = f"finished earlier, read from {self.path}"
         elif self.history:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import badsnn
-from data import load_for, to_float, to_uint8
+from data import hold_out, load_for, poison_indices, to_float, to_uint8
 from kit import files, machine
 from kit.files import code_of, fingerprint
 from kit.machine import say
@@ -121,6 +121,17 @@ def decided_by(data, s, **more):
     return dict(s.of(), **more, inputs=fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, code))
 
 
+def describe(data, s):
+    """What a result must carry to mean anything."""
+    part = hold_out(data)[0]
+    n_target = int((part.y_train == s.target).sum())
+    n_poison = len(poison_indices(part.y_train, s.target, s.poison_ratio, s.seed))
+    unused = dict.fromkeys(("q", "budget", "n_o", "epochs_o") if data.events else ("beta",))
+    return dict(s.of() | unused, dataset=data.name, note=data.note, n_train=len(data.y_train),
+                n_test=len(data.y_test), poison_ratio=round(n_poison / n_target, 4),
+                n_poison=n_poison, device=machine.name_of(s.device), torch=torch.__version__)
+
+
 def folder_of(data, s):
     """The folder of a data set's results, or of a variant's."""
     return s.results / (f"{data.name}_{s.variant}" if s.variant else data.name)
@@ -132,7 +143,7 @@ def kept(name, data, s, compute, **more):
 
     def run():
         result = compute(data, s)
-        return dict(result, seconds=round(time.time() - started, 1))
+        return dict(describe(data, s) | result, seconds=round(time.time() - started, 1))
     result, earlier = files.kept(path, decided_by(data, s, name=name, **more), run, s.fresh)
     say(f"{'finished earlier, see' if earlier else 'written:'} {path}" + (" (--fresh runs it again)" if earlier else ""))
     return result
