@@ -4,7 +4,6 @@ A study is two functions: its variants, a list of settings, which refuses what i
 rows of one variant, plain dicts. Variants of all studies run side by side. lab/report.py draws them.
 """
 import itertools
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +12,7 @@ import torch
 import badsnn
 import trigger
 from badsnn import asr, deploy, evaluate, every_seed, percentage, predict, simple_triggers, train, train_trigger
-from data import hold_out, load_for, to_float
+from data import hold_out, load_for, poison_indices, to_float
 from kit.files import fingerprint
 from kit.machine import say, side_by_side
 from kit.sources import EVENT_SETS, need
@@ -30,8 +29,8 @@ POWERS = (1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def ablate(data, s, studies):
-    """{study: its result} for names of STUDIES: rows, and what they were made from. Raises ValueError before anything
-    is trained where a study is not made for these data or settings."""
+    """{study: dict(study, rows)} for names of STUDIES. Raises ValueError before anything is trained where a study is
+    not made for these data or settings."""
     for study in studies:
         need(data.events == (study == "events"), f"{study} does not fit {data.name}: only events is about events")
     jobs = trained_first(s, [(study, one) for study in studies for one in STUDIES[study][0](s)])
@@ -40,10 +39,9 @@ def ablate(data, s, studies):
     parts = side_by_side(study_rows, jobs, s, names)
     results = {}
     for study in studies:
-        mine = [part for (name, _), part in zip(jobs, parts) if name == study]
-        results[study] = dict(badsnn.describe(data, s), study=study, rows=[row for rows, _ in mine for row in rows],
-                              seconds=round(sum(seconds for _, seconds in mine), 1))
-        for row in results[study]["rows"]:
+        rows = [row for (name, _), part in zip(jobs, parts) if name == study for row in part]
+        results[study] = dict(study=study, rows=rows)
+        for row in rows:
             say("  ".join(f"{key} {value}" for key, value in row.items()))
     return results
 
@@ -57,9 +55,7 @@ def trained_first(s, jobs):
 
 
 def study_rows(study, s):
-    """The rows of one variant, and the seconds that it took."""
-    started = time.time()
-    return STUDIES[study][1](load_for(s), s), time.time() - started
+    return STUDIES[study][1](load_for(s), s)
 
 
 def threshold(data, s):
@@ -103,7 +99,8 @@ def poison_ratios(s):
 
 def poison(data, s):
     """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, every seed at its own V_a: is a bend noise?"""
-    model, n_poison = train(data, s, "badsnn"), len(badsnn.malicious_samples(hold_out(data)[0], s))
+    model, labels = train(data, s, "badsnn"), hold_out(data)[0].y_train
+    n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
     v_thr, base_ca = deploy(model, data, s)[0], evaluate(model, data, s, V_THR_N, TAU_N)["ca"]
     return [dict(seed=s.seed, poison_ratio=s.poison_ratio, n_poison=n_poison, v_thr=v_thr, base_ca=base_ca,
                  **badsnn.measure(model, data, s, v_thr, {"asr_p": simple_triggers(data, s)["asr_p"]}))]

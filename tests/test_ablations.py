@@ -45,7 +45,8 @@ def test_magnitude(tiny, monkeypatch):
     s = tiny()
     monkeypatch.setattr(ablations, "train_trigger", lambda *args: (
         lambda x, magnitude=1.0: (x + 0.1 * magnitude).clamp(0, 1), {}))
-    monkeypatch.setattr(trigger, "deepfool", lambda net, x, target: torch.eye(len(x)).view(-1, 1, 10, 10)[:, :, :2] * 3)
+    monkeypatch.setattr(trigger, "deepfool", lambda net, x, target: (
+        3.0 * torch.eye(len(x), x[0].numel()).view(x.shape) * (torch.arange(len(x)) % 2).view(-1, 1, 1, 1)))
     rows = ablations.magnitude(load_for(s), s)
     assert [row["magnitude"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
     assert rows[0]["asr_o"] == rows[0]["target_rate"] and [rows[i]["linf"] for i in (0, 4, 7)] == [0, 0.1, 0.2]
