@@ -22,8 +22,6 @@ from lab.detectors import logits_of, probabilities
 from lif import TAU_N, V_THR_N, neurons
 from models import NMNISTNet, Pool, frozen
 
-AS_IT_IS = nn.Identity()
-
 
 def defender_images(y, per_class, seed):
     """Sorted row numbers [M]: per_class samples of every class of the labels y [N], or all of a class with fewer."""
@@ -43,7 +41,7 @@ def restore(model):
         return copy.deepcopy(model)
 
 
-def fine_tune(model, x, y, epochs=20, lr=0.01, batch=32, augment=AS_IT_IS, seed=0):
+def fine_tune(model, x, y, epochs=20, lr=0.01, batch=32, augment=nn.Identity(), seed=0):
     """Trains all weights (Sec. 4.3) on a few clean images x [N, C, H, W] with labels y [N].
     SGD with momentum 0.9, weight decay 5e-4 and a learning rate on a cosine, as in BackdoorBench (Wu et al. 2022).
     # differs from the source: 20 epochs in batches of up to 32, not 100 of up to 256: as many steps on 100 images
@@ -136,7 +134,7 @@ def batch_norms(model):
     return norms
 
 
-def anp(model, x, y, eps=0.4, alpha=0.5, lr=0.2, iterations=100, batch=32, keep=0.9, augment=AS_IT_IS, seed=0):
+def anp(model, x, y, eps=0.4, alpha=0.5, lr=0.2, iterations=100, batch=32, keep=0.9, augment=nn.Identity(), seed=0):
     """Adversarial neuron pruning (Wu and Wang 2021): channels that a small change turns into the backdoor are pruned.
     Channels whose masks (anp_masks) end at or below a threshold are switched off. It rises from 0 to 0.9 in steps of
     0.05 as long as a fifth of the images, of every class, on which no mask was learned, keeps `keep` times its
@@ -164,7 +162,7 @@ def accuracy(model, x, y):
     return (probabilities(model, x).argmax(1) == y).float().mean().item()
 
 
-def anp_masks(model, x, y, eps, alpha, lr, iterations, batch, augment=AS_IT_IS, seed=0):
+def anp_masks(model, x, y, eps, alpha, lr, iterations, batch, augment=nn.Identity(), seed=0):
     """ANP's masks in [0, 1], a dict from the names of BatchNorm layers to [C].
 
     min over m of alpha * loss(m) + (1 - alpha) * max over noise of loss(m + noise), with the batch's statistics: the
@@ -204,10 +202,10 @@ def worst_noise(loss_of, like, eps, rng):
 
 
 def tsbd(model, x, y, channel_share=0.15, weight_share=0.7, unlearn_lr=1e-3, max_unlearn=100, epochs=21, lr=0.01,
-         batch=32, augment=AS_IT_IS, seed=0):
+         batch=32, augment=nn.Identity(), seed=0):
     """Two-stage backdoor defence (Lin et al. 2024): weights that move when clean data are UNLEARNED are the backdoor's.
-    1. unlearn  2. find the neurons (convolution channels) that changed most  3. set their most changed weights to zero
-    4. repair with fine-tuning that also punishes steep loss. x: images [N, C, H, W], y: labels [N].
+    1. unlearn  2. find the channels that changed most  3. set their most changed weights to zero  4. fine-tune, with
+    steep loss punished as well. x: images [N, C, H, W], y: labels [N].
     # differs from the source: unlearning at rate 1e-3, not 1e-4: an eighth of the epochs, 93 % of the same neurons on
     # digits (1e-2: 75 %), and at most 100, not 1000; batches of up to 32, not 256, shuffled
     """
@@ -223,7 +221,7 @@ def tsbd(model, x, y, channel_share=0.15, weight_share=0.7, unlearn_lr=1e-3, max
     return student.eval()
 
 
-def unlearn(model, x, y, lr, max_epochs, batch=32, augment=AS_IT_IS, seed=0):
+def unlearn(model, x, y, lr, max_epochs, batch=32, augment=nn.Identity(), seed=0):
     """Step 1: gradient ASCENT on the loss of clean images until the accuracy, measured after every epoch on augmented
     images, is down to 10 % (or to chance, 1 / K, where that is more). Returns a new model."""
     model = copy.deepcopy(model)
@@ -272,7 +270,7 @@ def activeness_aware_gradient(model, loss_of, r=0.05, a=0.7):
     return [(1 - a) * first + a * second for first, second in zip(g1, g2)]
 
 
-def nad(model, x, y, betas=(500, 1000, 1000), teacher_epochs=10, epochs=20, lr=0.01, batch=32, augment=AS_IT_IS,
+def nad(model, x, y, betas=(500, 1000, 1000), teacher_epochs=10, epochs=20, lr=0.01, batch=32, augment=nn.Identity(),
         seed=0):
     """Neural attention distillation (Li et al. 2021): a fine-tuned copy teaches the model where to look.
     The student, the model again, learns the labels and the teacher's attention maps in three stages, weighted by betas:

@@ -31,7 +31,6 @@ IMAGES_ONLY = ("tsbd", "nad")       # TSBD resets convolutions, NAD compares sta
 
 def defend(data, s, attacks=None, defender_at="S_a"):
     """Table 2 of a data set, a dict: attacks (None: all that fit the data) against all defences that do.
-
     defender_at: "S_a", a defence works on the network as shipped; "S_n", at the nominal setting, a network's own where
     nobody sets another. It is scored as shipped in both cases. Raises ValueError.
     """
@@ -81,6 +80,7 @@ def run_attack(data, s, attack, defender_at):
     clean = train(data, trained)                # defend() has just trained these two
     model = train(data, trained, attack) if attack == "badsnn" else baselines.train(data, s, attack)
     v_thr, triggers = shipped_with(model, data, s, attack)
+    say(f"{attack}, shipped at v_thr {v_thr:g}; of each defence: model, threshold, trigger, CA, target_rate, ASR")
     s = s if attack == "badsnn" else replace(s, tau_a=TAU_N)
     shipped, control = as_shipped(model, v_thr, s), as_shipped(clean, v_thr, s)
     rows = []
@@ -119,7 +119,8 @@ def rows_of(same, net, v_thr, triggers, x, y, scored, s):
         for name, t in triggers.items():
             rows.append(dict(same, setting=setting, trigger=name, v_thr=threshold, **rates,
                              asr=asr(model, scored, s, None, None, t)))
-            say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+            say("{defense:>9} {model:>8} {setting:>7} {trigger:>11} {ca:6.1f} {target_rate:5.1f} {asr:5.1f}"
+                .format(**rows[-1]))
     return rows
 
 

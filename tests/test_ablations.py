@@ -57,7 +57,7 @@ def test_magnitude(tiny, monkeypatch):
 
 
 def test_events(tiny, monkeypatch):
-    s = tiny("ndigits", T=4, poison_ratio=5)
+    s = tiny("ndigits", T=4, poison_ratio=5, n_test=50)
     monkeypatch.setitem(ablations.STUDIES, "events", (lambda s: [s, replace(s, frames="binary")], ablations.events))
     rows = ablations.ablate(load_for(s), s, ["events"])["events"]["rows"]
     assert [row["attack"] for row in rows[:4]] == list(baselines.EVENT_ATTACKS) and len(rows) == 4 + 2 * 3 * 7
@@ -82,7 +82,7 @@ def test_no_variant_of_the_events_study_runs_twice():
     ("digits", "events", {}), ("ndigits", "power", {}), ("digits", "heatmap", dict(neuron="plif")),
     ("digits", "plif", dict(neuron="plif")), ("ndigits", "events", dict(neuron="lif_atan"))])
 def test_a_study_refuses_what_it_is_not_made_for(tiny, name, study, changes):
-    s = tiny(name, poison_ratio=5, **changes)
+    s = tiny(name, T=4, poison_ratio=5, **changes)
     with pytest.raises(ValueError, match=study):
         ablations.ablate(load_for(s), s, [study])
     assert not list(s.runs.rglob("*.pt"))

@@ -171,7 +171,7 @@ def test_the_smart_plan_finds_the_part_and_its_rarest_polarity():
 
 def test_poisoned_recordings(tiny):
     """A share of all recordings carries the trigger as counts, and the target's label; the rest is untouched."""
-    s = tiny("ndigits")
+    s = tiny("ndigits", T=4)
     data = load_for(s)
     for name in baselines.EVENT_ATTACKS:
         poison, t = Poison(name, data, s), baselines.trigger_of(name, data, s)

@@ -75,7 +75,7 @@ def test_the_defender_trains_where_the_switch_says(tiny, monkeypatch):
 
 def test_defend_on_events(tiny):
     """Events have their own attacks, and two defences fewer."""
-    s = tiny("ndigits", poison_ratio=5, n_test=200)
+    s = tiny("ndigits", T=4, poison_ratio=5)
     result = table2.defend(load_for(s), s, ["static", "badsnn"])
     assert [(d["attack"], d["trigger"]) for d in result["detectors"]] == [("badsnn", "T_s"), ("static", "static")]
     assert {row["defense"] for row in result["rows"]} == {"none", "fine_tune", "clp", "anp"}
