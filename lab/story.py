@@ -2,7 +2,6 @@
 from dataclasses import replace
 from functools import partial
 
-import badsnn
 from badsnn import asr, evaluate, simple_triggers, train, train_trigger
 from data import load_for
 from kit.files import code_of
@@ -13,14 +12,13 @@ from lab.table2 import CODE, as_shipped, kept_part, repair, split_test
 ANSWERS = ("none", "nominal", "fine_tune", "anp", "anp_nominal", "clean")
 
 
-def story(data, s):
-    """The attack (badsnn.attack), and for every seed the answers of a defender who holds a few test images: a dict.
+def story(data, s, attack):
+    """Of an attack (the result of badsnn.attack) for every seed the answers of a defender who holds a few test images.
 
     rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS: nothing; the threshold set back;
     fine-tuning; ANP; ANP and then the threshold set back; and, as the control, a clean model shipped alike. scan: what
     the threshold scan says, before anything is used, of the shipped model, and of the clean one as it is.
     """
-    attack = badsnn.attack(data, s)
     jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
     parts = side_by_side(answers_part, jobs, s, [f"answers, seed {one.seed}" for one, _ in jobs])
     keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
@@ -36,7 +34,7 @@ def answers_part(s, v_thr):
 
 def run_answers(data, s, v_thr):
     """One seed's rows and scan, and how many images the defender holds."""
-    s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # story() has just trained these
+    s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # attack() has trained these
     clean, model = train(data, s), train(data, s, "badsnn")
     triggers = dict(asr_p=simple_triggers(data, s)["asr_p"])
     t_o = None if data.events else train_trigger(model, data, s, v_thr)[0]
