@@ -1,5 +1,4 @@
 """The story: one attack, what stops it and what gives it away, on every seed. `bash run_all.sh` tells it with one."""
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -21,13 +20,13 @@ def story(data, s):
     fine-tuning; ANP; ANP and then the threshold set back; and, as the control, a clean model shipped alike. scan: what
     the threshold scan says, before anything is used, of the shipped model, and of the clean one as it is.
     """
-    started, attack = time.time(), badsnn.attack(data, s)
+    attack = badsnn.attack(data, s)
     jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
     parts = side_by_side(answers_part, jobs, s, [f"answers, seed {one.seed}" for one, _ in jobs])
     keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
-    return dict(badsnn.describe(data, s), n_defender=parts[0]["n_defender"],
+    return dict(n_defender=parts[0]["n_defender"],
                 rows=[row for part in parts for row in part["rows"]], attack={key: attack[key] for key in keys},
-                scan=[part["scan"] for part in parts], seconds=round(time.time() - started, 1))
+                scan=[part["scan"] for part in parts])
 
 
 def answers_part(s, v_thr):
