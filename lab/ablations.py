@@ -14,8 +14,7 @@ import torch
 
 import badsnn
 import trigger
-from badsnn import (asr, deploy, evaluate, every_seed, percentage, predict, simple_triggers, train,
-                    train_trigger)
+from badsnn import asr, deploy, evaluate, every_seed, percentage, predict, simple_triggers, train, train_trigger
 from data import hold_out, load_for, poison_indices, to_float
 from kit.files import fingerprint
 from kit.machine import say, side_by_side

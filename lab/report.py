@@ -6,7 +6,6 @@
 Nothing here trains or loads data. The tables are made in tables.py, the figures in figures.py.
 """
 import shutil
-from pathlib import Path
 
 from kit.files import ROOT, replace_file, write_text
 from kit.machine import say

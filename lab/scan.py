@@ -197,14 +197,14 @@ def scan(data, s, n_models=40):
     need(n_models >= 5, "--models must be at least 5")
     if data.name != "digits":
         jobs = [(one, kind) for one in badsnn.every_seed(s) for kind in (None, "badsnn")]
-        return dict(badsnn.describe(data, s), rows=side_by_side(scan_model, jobs, s), evaders=[])
+        return dict(rows=side_by_side(scan_model, jobs, s), evaders=[])
     counts = {None: N_DESIGN + n_models, "badsnn": N_DESIGN + n_models, "badnets": n_models // 8, "blend": n_models // 8}
     drawn = [(draw(s, i, kind), kind) for i in range(N_DESIGN + n_models) for kind, n in counts.items() if i < n]
     rows = side_by_side(scan_model, [(one, kind, V_A[one.v_thr_t > 1]) for one, kind in drawn], s)
     attackers = badsnn.every_seed(replace(s, seeds=EVADE_SEEDS))
     badsnn.train_side_by_side(s, [(one, kind) for one in attackers for kind in (None, "badsnn")])
     evaders = side_by_side(evade, [(one, name) for one in attackers for name in ("none", *EVADERS)], s)
-    return dict(badsnn.describe(data, s), rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows))
+    return dict(rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows))
 
 
 def side_by_side(function, jobs, s):

@@ -7,6 +7,7 @@ Every input is drawn anew for every GRADE_SEED (`draw`), so no answer can be rea
 the product's own functions where there are some. tests/test_grading.py shows that right answers pass, and that wrong
 ones fail.
 """
+import defenses
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from scipy.stats import binomtest
 from torch import nn
 
 import badsnn
-import defenses
 import lif
 import models
 import trigger

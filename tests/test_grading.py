@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import defenses
 import pytest
+import runs
 import test_exercises
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,8 @@ from scipy.stats import binomtest
 from torch import nn
 
 import badsnn
-import defenses
 import lif
 import models
-import runs
 import trigger
 
 CHECKS = {name: check for name, check in vars(test_exercises).items() if name.startswith("test_")}
