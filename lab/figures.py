@@ -80,7 +80,8 @@ def figure_attack(r, path):
     panels = [lines_of(rows, "ca target_rate asr_p asr_p_clean_model", trigger)]
     if at["asr_o"] is not None:
         panels.append(lines_of(rows, "ca target_rate asr_o asr_o_clean_model"))
-    title = titled(r, f"\nshipped at {at['v_thr']:.2f}; all {r['n_test']:,} test samples")
+    bands = "; bands: lowest to highest seed" if len(told.get("runs", [])) > 1 else ""
+    title = titled(r, f"\nshipped at {at['v_thr']:.2f}; all {r['n_test']:,} test samples{bands}")
     with drawing(path, (5.4 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
         for axis, lines in zip(axes, panels):
             curves(axis, "v_thr", lines, at, xlabel="threshold in use (trained at 1.0); circles: as shipped")
