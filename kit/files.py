@@ -1,11 +1,5 @@
-"""Files that every run needs and no reader of the paper does: results, what may be used again, mean and spread.
-
-    write_json(path, result)            under a temporary name of its own, then renamed: never half a file
-    kept(path, deciders, run)           a result from an earlier run, if everything that decides it is the same
-    mean_of(rows), spread_of(rows)      over seeds
-
-The rules: a file is whole or not there; a result is reused only if its data, settings and code are the same; nothing
-that is read is ever executed; every reader names its file.
+"""Files: results, what may be used again, mean and spread. The rules: a file is whole or not there; a result is reused
+only if its data, settings and code are the same; nothing that is read is ever executed; every reader names its file.
 """
 import contextlib
 import functools
@@ -102,21 +96,15 @@ def code_of(*patterns):
 def kept(path, deciders, run, fresh=False):
     """run()'s result, a dict, from `path` if it was made with equal `deciders` (a dict of plain values: everything
     that decides the result), else run() anew and written there. Returns (result, whether it was there)."""
-    result = None if fresh else earlier(path, deciders)
+    result, made_from = {}, fingerprint(deciders)
+    with contextlib.suppress(ValueError):           # no file, or a damaged one
+        result = read_json(path) if rank() == 0 and not fresh else {}
+    result = of_rank_0(result if isinstance(result, dict) and result.get("made_from") == made_from else None)
     if result:
         return result, True
-    result = dict(run(), made_from=fingerprint(deciders))
+    result = dict(run(), made_from=made_from)
     write_json(path, result)
     return result, False
-
-
-def earlier(path, deciders):
-    """The result in `path` if it was made with equal `deciders`, else None; a damaged file counts as none."""
-    result = None
-    with contextlib.suppress(ValueError):
-        result = read_json(path) if rank() == 0 else None
-    there = isinstance(result, dict) and result.get("made_from") == fingerprint(deciders)
-    return of_rank_0(result if there else None)
 
 
 # ----- Numbers

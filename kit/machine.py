@@ -9,7 +9,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -50,20 +49,13 @@ def side_by_side(function, jobs, s, names=None):
         tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
         return [task.result() for task in tasks]
     except BrokenProcessPool:
-        raise ValueError("a process that trained a model was killed (out of memory?); the same command goes on after "
-                         "the last finished epoch" if _can_be_started_again() else "models are trained in processes "
-                         "that import the program: put its commands in a file, below if __name__ == '__main__':, or "
-                         "set processes=1") from None
+        raise ValueError("a process that trained a model ended early: out of memory, or the program that runs here is "
+                         "no file with its commands below if __name__ == '__main__': (set processes=1 then); the same "
+                         "command goes on after the last finished epoch") from None
     finally:
         for process in list((pool._processes or {}).values()):      # after an error or Ctrl-C they would train on
             process.kill()
         pool.shutdown(cancel_futures=True)
-
-
-def _can_be_started_again():
-    """Whether a worker could import the program that runs here: not from standard input, not without a guard."""
-    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "-")
-    return path.is_file() and "__main__" in path.read_text(errors="replace")
 
 
 def _start_worker(parent, threads):
@@ -93,13 +85,11 @@ def threads_each(free, processes=1):
 
 
 def cores():
-    """How many cores this process may use: its affinity, or the quota of its container (cgroup cpu.max)."""
+    """How many cores this process may use: its affinity, or the quota of its container (cgroup's cpu.max)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):      # no such file; "max": no quota
-            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in (quota, period) if name).split()
-            if int(words[0]) > 0:
-                allowed = min(allowed, -(-int(words[0]) // int(words[1])))
+    with contextlib.suppress(OSError, ValueError):          # no such file; "max": no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        allowed = min(allowed, -(-quota // period))
     return max(1, allowed)
 
 

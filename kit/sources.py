@@ -1,11 +1,8 @@
 """Where the data sets come from, as plain arrays: x_train, x_test uint8 [N, H, W, 3] or event counts [N, T, 2, 34, 34],
-y_train, y_test [N], class_names, note.
+y_train, y_test [N], class_names, note. The first use converts a set to ROOT/NAME.npz; later runs read only that file.
 
-    arrays = read("digits", root, T=4)      also ndigits, cifar10, cifar100, gtsrb, nmnist, or the path of an .npz file
-
-The first use converts a set to ROOT/NAME.npz; later runs read only that file. torchvision downloads and checks the
-image sets; tonic downloads N-MNIST and turns events into frames (its licence is GPL-3.0, so it is imported only where
-events are read). digits ships inside scikit-learn and needs no network.
+torchvision downloads and checks the image sets; tonic downloads N-MNIST and turns events into frames (its licence is
+GPL-3.0, so it is imported only where events are read). digits ships inside scikit-learn and needs no network.
 """
 import zipfile
 from pathlib import Path
@@ -41,7 +38,7 @@ def read(name, root, T):
 
 
 def read_npz(path):
-    need(path.is_file(), f"{path}: {'not a file' if path.exists() else 'no such file'}; np.savez writes one")
+    need(path.is_file(), f"{path}: no such file; np.savez writes one")
     try:        # nothing is ever unpickled
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as file:
             return {key: np.asarray(file[key]) for key in (*KEYS, "class_names", "note") if key in file.files}
@@ -65,34 +62,31 @@ def checked(arrays, path):
         need(key in arrays, f"{path}: has no array '{key}'; write all four with np.savez(path, x_train=x_train, ...)")
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        images = x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 16
         need(x.dtype == np.uint8, f"{path}: x_{part} must be uint8, not {x.dtype}; from 0 to 1 write "
              "x = (x * 255).astype(np.uint8), from 0 to 255 x = x.astype(np.uint8)")
-        need(x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 16 or x.ndim == 5 and x.shape[2:] == (2, 34, 34),
-             f"{path}: x_{part} must be [N, H, W, 3] with H and W at least 16, or event counts [N, T, 2, 34, 34], not "
-             f"{list(x.shape)}; from [N, 3, H, W] write x = x.transpose(0, 2, 3, 1), from grey [N, H, W] "
-             "x = np.repeat(x[..., None], 3, 3), from small ones x = x.repeat(2, 1).repeat(2, 2)")
-        need(x.ndim == 5 or x.size == 0 or x.max() > 1, f"{path}: x_{part} holds nothing but 0 and 1, as floats in "
+        need(images or x.ndim == 5 and x.shape[2:] == (2, 34, 34), f"{path}: x_{part} must be [N, H, W, 3] with H and "
+             f"W at least 16, or event counts [N, T, 2, 34, 34], not {list(x.shape)}; from [N, 3, H, W] write "
+             "x = x.transpose(0, 2, 3, 1), from grey [N, H, W] x = np.repeat(x[..., None], 3, 3)")
+        need(not images or x.size == 0 or x.max() > 1, f"{path}: x_{part} holds nothing but 0 and 1, as floats in "
              "[0, 1] do once they are cast; write x = (x * 255).astype(np.uint8) from the floats")
         need(y.ndim == 1 and y.dtype.kind in "iu", f"{path}: y_{part} must be whole numbers [N], not {y.dtype} "
              f"{list(y.shape)}; write y = y.ravel().astype(int), from one-hot rows y = y.argmax(1)")
         need(len(x) == len(y) > 0, f"{path}: x_{part} has {len(x)} samples and y_{part} {len(y)}; each needs a label")
-    need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:],
-         f"{path}: training and test samples differ in shape; resize one part")
-    K = len(np.unique(arrays["y_train"]))
-    labels = np.union1d(arrays["y_train"], arrays["y_test"])
-    beyond = [str(label) for label in labels if not 0 <= label < K]
-    need(K > 1 and not beyond, f"{path}: with K training classes, 2 or more, all labels must be 0 to K-1; K is {K}, "
-         f"outside are {', '.join(beyond[:5]) or 'none'}; add training samples, or number the labels of both parts "
-         "together anew with y = np.unique(y, return_inverse=True)[1]")
+    need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:], f"{path}: training and test samples differ in shape")
+    K, labels = len(np.unique(arrays["y_train"])), np.union1d(arrays["y_train"], arrays["y_test"])
+    need(K > 1 and 0 <= labels.min() and labels.max() < K, f"{path}: with K training classes, 2 or more, all labels must "
+         f"be 0 to K-1; K is {K}, the labels are {labels[:5].tolist()}...; number those of both parts together anew "
+         "with y = np.unique(y, return_inverse=True)[1]")
     return arrays
 
 
 def convert(name, path, T):
     """Writes a known set and returns it. All that others' code or files may raise becomes one line with the remedy."""
     print(f"preparing {name}: {path} (once)", flush=True)
+    makers = dict(digits=digits, ndigits=lambda: digits(T), nmnist=lambda: nmnist(path.parent, T))
     try:
-        arrays = checked(digits() if name == "digits" else digits(T) if name == "ndigits" else
-                         nmnist(path.parent, T) if name == "nmnist" else image_set(name, path.parent), path)
+        arrays = checked(makers[name]() if name in makers else image_set(name, path.parent), path)
     except MemoryError:
         raise
     except Exception as error:
@@ -138,10 +132,10 @@ def image_set(name, root):
 
 
 def nmnist(root, T):
-    """N-MNIST (Orchard et al. 2015) from ROOT/NMNIST/{Train,Test}/<digit>/*.bin, also if only part of it is there. The
-    whole set keeps its official split; of a part, all recordings are pooled and 250 in 1,100 are kept for testing."""
+    """N-MNIST (Orchard et al. 2015) from ROOT/NMNIST/{Train,Test}/<digit>/*.bin. The whole set keeps its official split;
+    of a part, all recordings are pooled and 250 in 1,100 are kept for testing."""
     from tonic import datasets, io
-    pattern = "[nN][mM][nN][iI][sS][tT]/*/[0-9]/[!.]*.[bB][iI][nN]"            # macOS leaves ._0001.bin beside 0001.bin
+    pattern = "NMNIST/*/[0-9]/[!.]*.bin"            # macOS leaves ._0001.bin beside 0001.bin
     if not any(root.glob(pattern)):
         datasets.NMNIST(str(root), train=True), datasets.NMNIST(str(root), train=False)        # downloads and unpacks
     files = sorted(sorted(root.glob(pattern)), key=lambda file: file.parts[-3].lower(), reverse=True)   # Train first

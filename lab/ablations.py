@@ -14,9 +14,8 @@ import torch
 
 import badsnn
 import trigger
-from badsnn import (asr, deploy, evaluate, every_seed, malicious_samples, percentage, predict, simple_triggers, train,
-                    train_trigger)
-from data import hold_out, load_for, to_float
+from badsnn import asr, deploy, evaluate, every_seed, percentage, predict, simple_triggers, train, train_trigger
+from data import hold_out, load_for, poison_indices, to_float
 from kit.files import fingerprint
 from kit.machine import say, side_by_side
 from kit.sources import EVENT_SETS, need
@@ -42,8 +41,7 @@ def ablate(data, s, studies):
         rows = [row for rows, _ in mine for row in rows]
         for row in rows:
             say("  ".join(f"{key} {value}" for key, value in row.items()))
-        results[study] = dict(badsnn.describe(data, s), study=study, rows=rows,
-                              seconds=round(sum(seconds for _, seconds in mine), 1))
+        results[study] = dict(study=study, rows=rows, seconds=round(sum(seconds for _, seconds in mine), 1))
     return results
 
 
@@ -122,8 +120,9 @@ def poison_ratios(s):
 def poison(data, s):
     """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, every seed at its own V_a: is a bend noise?"""
     model, t = train(data, s, "badsnn"), {"asr_p": simple_triggers(data, s)["asr_p"]}
-    v_thr = deploy(model, data, s)[0]
-    return [dict(seed=s.seed, poison_ratio=s.poison_ratio, n_poison=len(malicious_samples(hold_out(data)[0], s)),
+    v_thr, labels = deploy(model, data, s)[0], hold_out(data)[0].y_train
+    n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
+    return [dict(seed=s.seed, poison_ratio=s.poison_ratio, n_poison=n_poison,
                  v_thr=v_thr, base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
                  **badsnn.measure(model, data, s, v_thr, t))]
 

@@ -1,9 +1,7 @@
 """The story: one attack, what stops it and what gives it away, on every seed. `bash run_all.sh` tells it with one."""
-import time
 from dataclasses import replace
 from functools import partial
 
-import badsnn
 from badsnn import asr, evaluate, simple_triggers, train, train_trigger
 from data import load_for
 from kit.files import code_of
@@ -14,20 +12,19 @@ from lab.table2 import CODE, as_shipped, kept_part, repair, split_test
 ANSWERS = ("none", "nominal", "fine_tune", "anp", "anp_nominal", "clean")
 
 
-def story(data, s):
-    """The attack (badsnn.attack), and for every seed the answers of a defender who holds a few test images: a dict.
+def story(data, s, attack):
+    """Of an attack (the result of badsnn.attack) for every seed the answers of a defender who holds a few test images.
 
     rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS: nothing; the threshold set back;
     fine-tuning; ANP; ANP and then the threshold set back; and, as the control, a clean model shipped alike. scan: what
     the threshold scan says, before anything is used, of the shipped model, and of the clean one as it is.
     """
-    started, attack = time.time(), badsnn.attack(data, s)
     jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
     parts = side_by_side(answers_part, jobs, s, [f"answers, seed {one.seed}" for one, _ in jobs])
     keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
-    return dict(badsnn.describe(data, s), n_defender=parts[0]["n_defender"],
+    return dict(n_defender=parts[0]["n_defender"],
                 rows=[row for part in parts for row in part["rows"]], attack={key: attack[key] for key in keys},
-                scan=[part["scan"] for part in parts], seconds=round(time.time() - started, 1))
+                scan=[part["scan"] for part in parts])
 
 
 def answers_part(s, v_thr):
@@ -50,7 +47,8 @@ def run_answers(data, s, v_thr):
                 defenses.restore(pruned), as_shipped(clean, v_thr, s))
     for answer, net in zip(ANSWERS, networks):
         rates = {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()}
-        rows.append(dict(seed=s.seed, answer=answer, **evaluate(net, scored, s, None, None), **dict(asr_o=None) | rates))
+        rates = evaluate(net, scored, s, None, None) | dict(asr_o=None) | rates
+        rows.append(dict(seed=s.seed, answer=answer, **rates))
         say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     found, control = detectors.threshold_scan(shipped, x), detectors.threshold_scan(clean, x)
     scan = dict(seed=s.seed, backdoored=found["score"], clean=control["score"], accused=found["accused"])

@@ -43,8 +43,7 @@ def defend(data, s, attacks=None, defender_at="S_a"):
     kinds = [None, "badsnn"] if jobs[0][1] == "badsnn" else [None]
     badsnn.train_side_by_side(s, [(one, kind) for one in badsnn.every_seed(s) for kind in kinds])
     parts = side_by_side(attack_part, jobs, s, [f"{name}, seed {one.seed}" for one, name, _ in jobs])
-    return dict(badsnn.describe(data, s), defender_at=defender_at,
-                **mean_of([part["beside"] for part in parts[:s.seeds]]),
+    return dict(defender_at=defender_at, **mean_of([part["beside"] for part in parts[:s.seeds]]),
                 rows=[row for part in parts for row in part["rows"]],
                 detectors=[row for part in parts for row in part["detectors"]],
                 seconds=round(sum(part["seconds"] for part in parts), 1))

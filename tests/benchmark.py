@@ -25,14 +25,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import machine
+import runs
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import badsnn
 import data as datasets
-import machine
-import runs
 import settings
 from lif import LIF, TAU_N, V_THR_N, lif_reference
 from models import build_model

@@ -1,39 +1,44 @@
-"""What several test files share: tiny settings, and running the command line."""
-import json
+"""What several test files share: tiny settings, another Python process, and what a refusal looks like."""
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import badsnn
-import data as datasets
-import settings
+from data import load_for
+from settings import flag, preset
 
-ROOT = Path(badsnn.__file__).parent
-TINY = ("--width 4 --T 2 --epochs 2 --warmup 0 --seeds 1 --n-train 300 --n-test 100 --poison-ratio 0.1 "
-        "--malicious-rows 8 --q 8 --processes 1 --n-o 40 --epochs-o 1 --amp off").split()
-
-
-def attack(*options):
-    badsnn.main(["attack", *TINY, *options])
-    return json.loads(Path("runs/results/digits/attack.json").read_text())
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(width=4, T=2, epochs=2, n_train=300, n_test=100, poison_ratio=0.1, malicious_rows=8, q=8.0, n_o=40,
+             epochs_o=1, processes=1, device="cpu")
+TINY = [word for name, value in SMALL.items() for word in (flag(name), str(value))]
 
 
-def prepared(*options):
-    """Data and settings of a tiny run with these options."""
-    return prepared_as(*TINY, *options)
+def prepared(dataset="digits", **changes):
+    """Data and settings of a tiny run."""
+    s = preset(dataset, **SMALL | changes)
+    return load_for(s), s
 
 
-def prepared_as(*options):
-    s = settings.parse(["attack", *options])[1]
-    return datasets.load_for(s), s
+def start(*command, **options):
+    """Starts a Python process that finds our modules and neither compiles nor uses a second thread."""
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BADSNN_COMPILE": "0", **options.pop("env", {})}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes | options)
+
+
+def start_badsnn(*arguments, **options):
+    return start(ROOT / "badsnn.py", *arguments, **options)
 
 
 def refused(capsys, *arguments):
     """The one line on stderr with which the command line refuses these arguments: exit code 2, nothing written."""
+    from lab import cli
     before = sorted(Path(".").rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        badsnn.main(list(arguments))
-    out, err = capsys.readouterr()
+        cli.main(list(map(str, arguments)))
+    err = capsys.readouterr().err
     assert stop.value.code == 2
     assert len(err.strip().splitlines()) == 1 and err.startswith("badsnn: ") and "Traceback" not in err
     assert sorted(Path(".").rglob("*")) == before

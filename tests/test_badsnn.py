@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runs
 import torch
 from common import ROOT, TINY, attack, prepared, refused
 
 import badsnn
 import data as datasets
-import runs
 import settings
 
 

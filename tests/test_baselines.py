@@ -2,14 +2,14 @@
 import math
 from functools import partial
 
+import baselines
+import runs
 import torch
+from baselines import badnets, blend, clean_label, pgd, poison, wanet, wanet_field, wanet_grid
 from common import prepared_as
 from torch import nn
 
 import badsnn
-import baselines
-import runs
-from baselines import badnets, blend, clean_label, pgd, poison, wanet, wanet_field, wanet_grid
 from data import to_float, to_uint8
 from models import frozen
 

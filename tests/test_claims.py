@@ -8,9 +8,8 @@ import re
 from functools import partial
 
 import pytest
-from common import ROOT
-
 import tables
+from common import ROOT
 
 POISONING = "static", "moving", "flashy", "smart"    # the attacks on events, the smart square last
 VARIANTS = dict(neuron="lif_atan"), dict(frames="binary"), dict(T=10)        # of the events study

@@ -7,24 +7,24 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
-import badsnn
 import baselines
-import data
 import defenses
 import figures
 import fused
 import libraries
-import lif
 import machine
-import models
+import pytest
 import report
 import runs
 import scan
-import settings
 import studies
 import tables
+
+import badsnn
+import data
+import lif
+import models
+import settings
 import trigger
 
 ROOT = Path(badsnn.__file__).parent

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fused
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import fused
 from lif import LIF, PLIF, SURROGATES, lif_reference
 
 

@@ -2,12 +2,12 @@
 them a neuron of each form, written here, stands in its place."""
 import types
 
+import defenses
+import libraries
 import pytest
 import torch
 from torch import nn
 
-import defenses
-import libraries
 from lif import LIF, PLIF, neurons
 from models import build_model
 

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import machine
 import pytest
 import torch
 from common import ROOT, TINY
 
-import machine
 from settings import preset
 
 

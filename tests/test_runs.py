@@ -9,13 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
+from baselines import badnets
 from common import ROOT, TINY, prepared
+from runs import code_of, fingerprint, kept, read_json, replace_file
 
 import badsnn
-import runs
-from baselines import badnets
-from runs import code_of, fingerprint, kept, read_json, replace_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

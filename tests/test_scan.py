@@ -5,16 +5,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import figures
 import numpy as np
 import pytest
+import scan
+import tables
 import torch
 from common import TINY, prepared, refused
 
 import badsnn
-import figures
-import scan
 import settings
-import tables
 from models import build_model
 
 
