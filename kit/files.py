@@ -1,6 +1,5 @@
-"""Files: results, what may be used again, mean and spread. The rules: a file is whole or not there; a result is reused
-only if its data, settings and code are the same; nothing that is read is ever executed; every reader names its file.
-"""
+"""Files. A file is whole or not there; a result is reused only if its data, settings and code are the same; nothing
+that is read is ever executed; every reader names its file."""
 import contextlib
 import functools
 import hashlib
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from kit.machine import of_rank_0, rank
 
@@ -21,8 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 @contextlib.contextmanager
 def replace_file(path):
-    """Yields a temporary path beside `path`, of a name that nobody else has, on any host. It becomes `path` if the
-    block ends well, and is removed if not."""
+    """Yields a temporary path of a name that nobody else has, on any host; it becomes `path` if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
@@ -34,7 +31,7 @@ def replace_file(path):
 
 
 def check_writable(*folders):
-    """Raises ValueError if a folder is none, or cannot be made or written to: asked before hours are spent."""
+    """Raises ValueError for a folder that cannot be made or written to: asked before hours are spent."""
     for folder in folders:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -67,14 +64,12 @@ def write_arrays(path, **arrays):
             np.savez_compressed(file, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
-# ----- What may be used again
-
 def fingerprint(*things):
     """Sixteen hexadecimal digits that are equal only for equal things: tensors, networks, and what JSON can hold."""
     digest = hashlib.sha256()
     for thing in things:
-        if isinstance(thing, nn.Module):
-            thing = [list(item) for item in thing.state_dict().items()]
+        if isinstance(thing, torch.nn.Module):
+            thing = list(thing.state_dict().items())
         if isinstance(thing, torch.Tensor):
             digest.update(f"{thing.dtype}{list(thing.shape)}".encode())
             digest.update(thing.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -94,28 +89,29 @@ def code_of(*patterns):
 
 
 def kept(path, deciders, run, fresh=False):
-    """run()'s result, a dict, from `path` if it was made with equal `deciders` (a dict of plain values: everything
-    that decides the result), else run() anew and written there. Returns (result, whether it was there)."""
-    result, made_from = {}, fingerprint(deciders)
-    with contextlib.suppress(ValueError):           # no file, or a damaged one
-        result = read_json(path) if rank() == 0 and not fresh else {}
-    result = of_rank_0(result if isinstance(result, dict) and result.get("made_from") == made_from else None)
-    if result:
+    """(result, whether it was there): a dict from `path` if it was made with equal `deciders` (a dict of plain values:
+    all that decides the result), else run()'s, written there."""
+    result, made_from = None, fingerprint(deciders)
+    if rank() == 0 and not fresh:
+        with contextlib.suppress(ValueError):           # no file, or a damaged one
+            result = read_json(path)
+    result = of_rank_0(result)
+    if isinstance(result, dict) and result.get("made_from") == made_from:
         return result, True
     result = dict(run(), made_from=made_from)
     write_json(path, result)
     return result, False
 
 
-# ----- Numbers
-
 def mean_of(rows):
     """Mean of every float in a list of equal dicts; other values are taken from the first."""
-    def mean(values):
-        numbers = [v for v in values if isinstance(v, float)]
-        digits = 4 if numbers and max(map(abs, numbers)) < 10 else 2
-        return round(sum(numbers) / len(numbers), digits) if numbers else values[0]
-    return {key: mean([row.get(key) for row in rows]) for key in rows[0]}
+    means = dict(rows[0])
+    for key in means:
+        numbers = [row[key] for row in rows if isinstance(row.get(key), float)]
+        if numbers:
+            digits = 4 if max(map(abs, numbers)) < 10 else 2
+            means[key] = round(sum(numbers) / len(numbers), digits)
+    return means
 
 
 def spread_of(rows):

@@ -1,8 +1,4 @@
-"""Processes and devices: models trained side by side, one model trained by several processes, compiling, memory.
-
-One thread per process: threads of one process wait for each other at every step, so that a busy neighbour on one core
-stops all of them. Several models side by side use several cores better.
-"""
+"""Processes and devices: models trained side by side, one model trained by several processes, compiling, memory."""
 import contextlib
 import ctypes
 import logging
@@ -10,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,53 +18,47 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-# ----- Several models side by side
-
 _worker = {}        # in a worker: the name of the job whose lines it prints
 
 
 def say(line):
-    """Prints, once however many processes train together; in a worker behind the name of its job."""
+    """Prints, in rank 0 only; in a worker behind the name of its job."""
     if rank() == 0:
         print(f"{_worker['name']:<22} {line}" if _worker else line, flush=True)
 
 
 def side_by_side(function, jobs, s, names=None):
-    """[function(*job) for job in jobs], in as many processes as there are jobs and cores; in order where there is one
-    core, under torchrun, and on a GPU unless s.processes says how many share it. function and jobs: picklable. Raises
-    what a job raises; a killed worker ends the others: ValueError. No worker outlives this process.
-    """
-    workers = min(len(jobs), s.processes or (1 if s.device.startswith("cuda") else cores()))
+    """[function(*job) for job in jobs] in as many processes as there are jobs and cores; on a GPU in s.processes (none:
+    in order). function, jobs: picklable. Raises what a job raises; a killed worker ends the others: ValueError."""
+    at_once = s.processes or (1 if s.device.startswith("cuda") else cores())
+    workers = min(len(jobs), at_once)
     if workers < 2 or dist.is_initialized():
         return [function(*job) for job in jobs]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                               (os.getpid(), threads_each(cores(), workers)))
+                               [threads_each(cores(), workers)])
     try:
-        names = names or [str(i) for i in range(len(jobs))]
-        tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
+        tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names or range(len(jobs)), jobs)]
         return [task.result() for task in tasks]
     except BrokenProcessPool:
-        raise ValueError("a process that trained a model ended early: out of memory, or the program that runs here is "
-                         "no file with its commands below if __name__ == '__main__': (set processes=1 then); the same "
-                         "command goes on after the last finished epoch") from None
+        raise ValueError("a worker ended early: out of memory (the same command goes on after the last epoch), or the "
+                         "program is no file with commands below if __name__ == '__main__': (processes=1)") from None
     finally:
         for process in list((pool._processes or {}).values()):      # after an error or Ctrl-C they would train on
             process.kill()
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(parent, threads):
+def _start_worker(threads):
     """Ctrl-C is the parent's business; the end of the parent, kill -9 included, is the end of this process."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())        # its default is a semaphore, which a killed process would leave behind
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
     keep_memory()
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _run_job(name, function, job):
@@ -78,10 +67,11 @@ def _run_job(name, function, job):
 
 
 def threads_each(free, processes=1):
-    """Threads for each of so many processes on so many cores: 1, unless each can have four; or OMP_NUM_THREADS."""
+    """Threads per process: OMP_NUM_THREADS, or 1 (a busy neighbour on one core stops all) unless each can have four."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    own = free // processes if free // processes >= 4 else 1
-    return int(asked) if asked.isascii() and asked.isdigit() and int(asked) else own
+    if asked.isascii() and asked.isdigit() and int(asked):
+        return int(asked)
+    return free // processes if free // processes >= 4 else 1
 
 
 def cores():
@@ -89,11 +79,11 @@ def cores():
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):          # no such file; "max": no quota
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        allowed = min(allowed, -(-quota // period))
+        allowed = min(allowed, -(-quota // period))         # rounded up
     return max(1, allowed)
 
 
-# ----- One model by several processes (torchrun): PyTorch's own DistributedDataParallel
+# ----- One model by several processes (torchrun)
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -120,24 +110,23 @@ def first_alone(function, *arguments):
 
 
 def data_parallel(model):
-    """The model; its gradients averaged over the processes if there are several. BatchNorm sees a process's own rows on
-    CPUs, and on GPUs those of all."""
+    """The model, its gradients averaged over the processes; BatchNorm sees the rows of all only on GPUs."""
     if not dist.is_initialized():
         return model
-    on_gpu = next(model.parameters()).is_cuda
-    return nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else model)
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 @contextlib.contextmanager
 def processes(s):
-    """Under torchrun: joins the group, one process per device. Alone: nothing. Yields the settings."""
+    """Yields the settings. Under torchrun it joins the group first, one process per device. Raises ValueError."""
     if "WORLD_SIZE" not in os.environ:
         yield s
         return
     ranks, cuda = int(os.environ["WORLD_SIZE"]), s.device.startswith("cuda")
     if s.batch_size % ranks or s.malicious_rows % ranks:
-        raise ValueError(f"--batch-size {s.batch_size} and --malicious-rows {s.malicious_rows} must be multiples of "
-                         f"the {ranks} processes")
+        raise ValueError(f"--batch-size {s.batch_size}, --malicious-rows {s.malicious_rows}: no multiples of {ranks}")
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     if cuda:
         s = replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
@@ -148,11 +137,10 @@ def processes(s):
         dist.destroy_process_group()
 
 
-# ----- Arithmetic, compiling and memory
-
 def usable(device):
     """The device's name (auto: cuda if there is one), checked by putting a number there. Raises ValueError."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:      # torch has many: runtime, assertion, import and other errors
@@ -179,7 +167,7 @@ _compiling = dict(wanted=False, possible=os.environ.get("BADSNN_COMPILE", "1") !
 
 @contextlib.contextmanager
 def compiling(wanted):
-    """Inside, functions made by `compiled` are compiled, if wanted: compiling takes seconds to minutes, once."""
+    """Inside, functions made by `compiled` are compiled, if wanted: it takes seconds to minutes, once."""
     before, _compiling["wanted"] = _compiling["wanted"], wanted
     try:
         yield
@@ -188,18 +176,19 @@ def compiling(wanted):
 
 
 def compiled(function):
-    """The function under torch.compile inside `compiling`; as it is elsewhere, where compiling fails (no C++ compiler,
-    say; said once), and inside somebody's own torch.compile."""
-    made = []
+    """The function under torch.compile inside `compiling`; as it is elsewhere, inside somebody's own torch.compile, and
+    where compiling fails (no C++ compiler, say; said once)."""
+    fast = None
 
     def run(*args):
+        nonlocal fast
         if not (_compiling["wanted"] and _compiling["possible"]) or torch.compiler.is_compiling():
             return function(*args)
         try:
-            if not made:
+            if fast is None:
                 torch._dynamo.config.recompile_limit = 64       # a graph for every T, dtype and layout
-                made.append(torch.compile(function, dynamic=True))
-            return made[0](*args)
+                fast = torch.compile(function, dynamic=True)
+            return fast(*args)
         except Exception as error:
             result = function(*args)        # raises as well if the arguments are to blame, not the compiler
             _compiling["possible"] = False

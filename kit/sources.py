@@ -1,10 +1,6 @@
 """Where the data sets come from, as plain arrays: x_train, x_test uint8 [N, H, W, 3] or event counts [N, T, 2, 34, 34],
 y_train, y_test [N], class_names, note. The first use converts a set to ROOT/NAME.npz; later runs read only that file.
-
-torchvision downloads and checks the image sets; tonic downloads N-MNIST and turns events into frames (its licence is
-GPL-3.0, so it is imported only where events are read). digits ships inside scikit-learn and needs no network.
-"""
-import zipfile
+torchvision and tonic download and check; tonic (GPL-3.0) is imported only where events are read."""
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +43,10 @@ def read_npz(path):
 
 
 def holds_events(path):
-    """Whether an .npz file holds event frames, by the header of x_train alone; read() says what is wrong with it."""
+    """Whether an .npz file holds event frames; read() says what is wrong with one that cannot be read."""
     try:
-        with zipfile.ZipFile(path) as file, file.open("x_train.npy") as header:
-            np.lib.format.read_magic(header)
-            return len(np.lib.format.read_array_header_1_0(header)[0]) == 5
-    except Exception:       # zipfile and numpy have many
+        return read_npz(Path(path))["x_train"].ndim == 5
+    except (OSError, ValueError, KeyError):
         return False
 
 
@@ -63,26 +57,27 @@ def checked(arrays, path):
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         images = x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 16
-        need(x.dtype == np.uint8, f"{path}: x_{part} must be uint8, not {x.dtype}; from 0 to 1 write "
-             "x = (x * 255).astype(np.uint8), from 0 to 255 x = x.astype(np.uint8)")
-        need(images or x.ndim == 5 and x.shape[2:] == (2, 34, 34), f"{path}: x_{part} must be [N, H, W, 3] with H and "
-             f"W at least 16, or event counts [N, T, 2, 34, 34], not {list(x.shape)}; from [N, 3, H, W] write "
-             "x = x.transpose(0, 2, 3, 1), from grey [N, H, W] x = np.repeat(x[..., None], 3, 3)")
-        need(not images or x.size == 0 or x.max() > 1, f"{path}: x_{part} holds nothing but 0 and 1, as floats in "
-             "[0, 1] do once they are cast; write x = (x * 255).astype(np.uint8) from the floats")
+        events = x.ndim == 5 and x.shape[2:] == (2, 34, 34)
+        need(x.dtype == np.uint8, f"{path}: x_{part} must be uint8, not {x.dtype}; x.astype(np.uint8), times 255 first "
+             "where x is from 0 to 1")
+        need(images or events, f"{path}: x_{part} must be [N, H, W, 3] with H and W at least 16, or event counts "
+             f"[N, T, 2, 34, 34], not {list(x.shape)}; from [N, 3, H, W] x.transpose(0, 2, 3, 1), from grey [N, H, W] "
+             "np.repeat(x[..., None], 3, 3)")
+        need(events or x.size == 0 or x.max() > 1, f"{path}: x_{part} holds nothing but 0 and 1, as floats in [0, 1] "
+             "do once they are cast; write (x * 255).astype(np.uint8) from the floats")
         need(y.ndim == 1 and y.dtype.kind in "iu", f"{path}: y_{part} must be whole numbers [N], not {y.dtype} "
-             f"{list(y.shape)}; write y = y.ravel().astype(int), from one-hot rows y = y.argmax(1)")
+             f"{list(y.shape)}; write y.ravel().astype(int), from one-hot rows y.argmax(1)")
         need(len(x) == len(y) > 0, f"{path}: x_{part} has {len(x)} samples and y_{part} {len(y)}; each needs a label")
-    need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:], f"{path}: training and test samples differ in shape")
+    need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:], f"{path}: x_train and x_test differ in shape")
     K, labels = len(np.unique(arrays["y_train"])), np.union1d(arrays["y_train"], arrays["y_test"])
-    need(K > 1 and 0 <= labels.min() and labels.max() < K, f"{path}: with K training classes, 2 or more, all labels must "
-         f"be 0 to K-1; K is {K}, the labels are {labels[:5].tolist()}...; number those of both parts together anew "
-         "with y = np.unique(y, return_inverse=True)[1]")
+    outside = ", ".join(str(label) for label in labels if not 0 <= label < K)[:50]
+    need(K > 1 and not outside, f"{path}: labels must be 0 to K - 1, of K > 1 training classes; K is {K}, outside are "
+         f"{outside or 'none'}; number both parts together anew with y = np.unique(y, return_inverse=True)[1]")
     return arrays
 
 
 def convert(name, path, T):
-    """Writes a known set and returns it. All that others' code or files may raise becomes one line with the remedy."""
+    """Writes a known set and returns it. Whatever others' code raises becomes one line with the remedy."""
     print(f"preparing {name}: {path} (once)", flush=True)
     makers = dict(digits=digits, ndigits=lambda: digits(T), nmnist=lambda: nmnist(path.parent, T))
     try:
@@ -132,10 +127,10 @@ def image_set(name, root):
 
 
 def nmnist(root, T):
-    """N-MNIST (Orchard et al. 2015) from ROOT/NMNIST/{Train,Test}/<digit>/*.bin. The whole set keeps its official split;
-    of a part, all recordings are pooled and 250 in 1,100 are kept for testing."""
+    """N-MNIST (Orchard et al. 2015) from ROOT/NMNIST/{Train,Test}/<digit>/*.bin, in its official split; of a part of
+    the set, all recordings are pooled and 250 in 1,100 are kept for testing."""
     from tonic import datasets, io
-    pattern = "NMNIST/*/[0-9]/[!.]*.bin"            # macOS leaves ._0001.bin beside 0001.bin
+    pattern = "[Nn][Mm][Nn][Ii][Ss][Tt]/*/[0-9]/[!.]*.bin"          # macOS leaves ._0001.bin beside 0001.bin
     if not any(root.glob(pattern)):
         datasets.NMNIST(str(root), train=True), datasets.NMNIST(str(root), train=False)        # downloads and unpacks
     files = sorted(sorted(root.glob(pattern)), key=lambda file: file.parts[-3].lower(), reverse=True)   # Train first
@@ -170,11 +165,9 @@ def to_frames(recordings, T):
 
 
 def simulate_saccades(images, threshold=0.35, steps=20):
-    """Events of a simulated sensor of 34x34 pixels over which still images [N, 28, 28] with values in [0, 1] move.
-
-    Three saccades of 100 ms along a triangle, as in Orchard et al. (2015), each cut into `steps`. A pixel fires an ON
-    (or OFF) event when the logarithm of its brightness has risen (fallen) by `threshold` since its last event.
-    Returns a list of N structured arrays (x, y, t in microseconds, p), ordered in time."""
+    """Events of a simulated 34x34 sensor over which still images [N, 28, 28] in [0, 1] move: three saccades of 100 ms
+    along a triangle (Orchard et al. 2015), each cut into `steps`. A pixel fires an ON (OFF) event when the logarithm of
+    its brightness has risen (fallen) by `threshold` since its last. Returns N arrays (x, y, t in microseconds, p)."""
     ways = ((0, 0), (3, 6)), ((3, 6), (6, 0)), ((6, 0), (0, 0))                 # from one top left corner to the next
     path = [[a + (b - a) * i / steps for a, b in zip(*way)] for way in ways for i in range(1, steps + 1)]
     fired, memory = [], None
@@ -190,5 +183,3 @@ def simulate_saccades(images, threshold=0.35, steps=20):
     n, step, y, x = fired.nonzero()
     events = np.rec.fromarrays([x, y, step * 100_000 // steps, fired[n, step, y, x] > 0], names="x, y, t, p")
     return np.split(events, np.searchsorted(n, np.arange(1, len(images))))
-
-
