@@ -2,6 +2,7 @@
 import io
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,61 +78,43 @@ def test_bad_npz(tmp_path, changes, message):
     assert text.startswith(f"{tmp_path / 'own.npz'}: ") and message in text
 
 
-def npy(x):
-    file = io.BytesIO()
-    np.save(file, x, allow_pickle=True)
-    return file.getvalue()
-
-
-def of_bytes(**entries):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name, content in entries.items():
-            packed.writestr(f"{name}.npy", content)
-    return file.getvalue()
-
-
-PACKED = {key: npy(x) for key, x in ARRAYS.items()}
-HUGE = npy(X[:1]).replace(b"(1, 16, 16, 3), }" + b" " * 14, b"(99999999999, 16, 16, 3), }    ")
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"<!DOCTYPE html>", npy(X), of_bytes(), of_bytes(x_train=b"<html>"), of_bytes(**PACKED | {"x_train": HUGE}),
-    of_bytes(**PACKED | {"y_test": b"0 1 2"}), of_bytes(**PACKED)[:3000], None], ids=range(9))
-def test_no_npz_at_all(tmp_path, content):
+def test_no_npz_at_all(tmp_path):
     path = tmp_path / "own.npz"
-    path.write_bytes(content) if content is not None else path.mkdir()
-    text = refusal(path)
-    assert text.startswith(f"{path}: ") and "context manager" not in text
+    whole, array = Path(write_own(path)).read_bytes(), io.BytesIO()
+    np.save(array, X)
+    with zipfile.ZipFile(other := io.BytesIO(), "w") as file:
+        file.writestr("x_train.npy", b"<html>")
+    for content in (b"", b"<!DOCTYPE html>", array.getvalue(), other.getvalue(), whole[:3000], b"PK" + bytes(100)):
+        path.write_bytes(content)
+        text = refusal(path)
+        assert text.startswith(f"{path}: ") and "context manager" not in text
     assert "no such file" in refusal(tmp_path / "none.npz") and "unknown dataset" in refusal("mnist")
 
 
 def test_an_asr_needs_test_samples_of_another_class(tmp_path):
-    def settings_for(**changes):
-        own = write_own(tmp_path / "own.npz", **changes)
-        return lambda target: preset(own, device="cpu", poison_ratio=0.5, target=target)
-    of_one_class = settings_for(y_test=np.full(6, 1))
-    assert (load_for(of_one_class(0)).y_test != 0).all()         # without the target class is fine
-    with pytest.raises(ValueError, match="--target"):
-        load_for(of_one_class(1))
-    with pytest.raises(ValueError, match="--target"):            # of the held-out samples, too
-        load_for(settings_for(y_train=np.array([0] * 10 + [1, 2]))(0))
+    """Among the test samples and among those held out of training."""
+    path = write_own(tmp_path / "own.npz", y_test=np.full(6, 1))
+    assert (load_for(preset(path, device="cpu", poison_ratio=0.5, target=0)).y_test == 1).all()
+    for target, y_train in ((1, Y), (0, np.array([0] * 10 + [1, 2]))):
+        path = write_own(tmp_path / "own.npz", y_train=y_train, y_test=np.full(6, 1))
+        with pytest.raises(ValueError, match="--target"):
+            load_for(preset(path, device="cpu", poison_ratio=0.5, target=target))
 
 
-@pytest.mark.parametrize("name, converter, hint", [
-    ("cifar10", "image_set", "cifar-10-python.tar.gz"), ("gtsrb", "image_set", "gtsrb/"),
-    ("nmnist", "nmnist", "NMNIST/Train"), ("digits", "digits", "requirements.txt")])
-def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monkeypatch, name, converter, hint):
+@pytest.mark.parametrize("name, hint", [("cifar10", "cifar-10-python.tar.gz"), ("gtsrb", "gtsrb/"),
+                                        ("nmnist", "NMNIST/Train"), ("digits", "requirements.txt")])
+def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monkeypatch, name, hint):
     def convert(*args):
         raise error
-    monkeypatch.setattr(sources, converter, convert)
-    for error in (OSError("<urlopen error: unreachable>"), KeyError("Filename"), AssertionError(), SyntaxError("PNG"),
-                  zipfile.BadZipFile("no\nzip"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), ImportError("No")):
+    for converter in ("image_set", "nmnist", "digits"):
+        monkeypatch.setattr(sources, converter, convert)
+    for error in (OSError("<urlopen error: unreachable>"), KeyError("Filename"), SyntaxError("PNG"), ImportError("No"),
+                  zipfile.BadZipFile("no\nzip"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")):
         text = refusal(name, tmp_path)
         assert type(error).__name__ in text and hint in text
-    for error in (KeyboardInterrupt(), MemoryError()):
-        with pytest.raises(type(error)):
-            load(name, tmp_path)
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load(name, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -172,37 +155,35 @@ def test_cifar_is_stored_as_it_is(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------
 # Events
 
-def write_recordings(root, counts=(8, 3), digits=(0, 1), parts="NMNIST/Train NMNIST/Test", events=40):
-    """Recordings in the official 5-byte format, of uniform events."""
+def write_recordings(folder, digits, count):
+    """Recordings in the official 5-byte format, of 40 uniform events; returns the last."""
     rng = np.random.default_rng(0)
-    for part, count in zip(parts.split(), counts):
-        for digit in digits:
-            folder = root / part / str(digit)
-            folder.mkdir(parents=True)
-            for i in range(count):
-                x, y, p = rng.integers(0, 34, events), rng.integers(0, 34, events), rng.integers(0, 2, events)
-                t = np.sort(rng.integers(0, 300_000, events))
-                raw = np.stack([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255], 1).astype(np.uint8)
-                (folder / f"{i:05d}.bin").write_bytes(raw.tobytes())
-    return folder
+    for digit in digits:
+        (folder / str(digit)).mkdir(parents=True)
+        for i in range(count):
+            x, y, p = rng.integers(0, [[34], [34], [2]], (3, 40))
+            t = np.sort(rng.integers(0, 300_000, 40))
+            raw = np.stack([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255], 1).astype(np.uint8)
+            (file := folder / f"{digit}/{i:05d}.bin").write_bytes(raw.tobytes())
+    return file
 
 
 def test_part_of_the_nmnist_folder(tmp_path, capsys):
     """Recordings come back as the counts that they hold; damaged ones are left out and named; two per digit do."""
-    folder = write_recordings(tmp_path)
-    whole = (folder / "00000.bin").read_bytes()
+    write_recordings(tmp_path / "NMNIST/Train", (0, 1), 8)
+    last = write_recordings(tmp_path / "NMNIST/Test", (0, 1), 3)
+    whole = last.read_bytes()
     for i, content in enumerate((b"", whole[:-2], whole[:15], b"<!DOCTYPE html><html>404</html>".ljust(500))):
-        (folder / f"1000{i}.bin").write_bytes(content)
+        last.with_name(f"1000{i}.bin").write_bytes(content)
     d = load("nmnist", tmp_path, T=5)
     assert d.events and len(d.x_train) + len(d.x_test) == 22 and d.x_train.shape[1:] == (5, 2, 34, 34)
     assert (d.x_train.flatten(2).sum(2) == 8).all()              # 40 events in 5 steps of 8
     assert "22 of N-MNIST's 70,000" in d.note and capsys.readouterr().out.count("leaves out Test/1/1000") == 4
-    write_recordings(tmp_path / "b", (2,), range(10), "nmnist/TRAIN")
-    (tmp_path / "b/nmnist/TRAIN/0/._00000.bin").write_bytes(bytes(4096))
+    assert "[0, 0] usable" in refusal("nmnist", tmp_path, T=41)
+    write_recordings(tmp_path / "b/nmnist/TRAIN", range(10), 2).with_name("._00000.bin").write_bytes(bytes(4096))
     d = load("nmnist", tmp_path / "b")
     assert len(d.x_train) == len(d.x_test) == 10 == len(d.y_train.unique()) == len(d.y_test.unique())
-    assert "[0, 0] usable" in refusal("nmnist", tmp_path, T=41)
-    write_recordings(tmp_path / "c", (5, 0), (0, 2))
+    write_recordings(tmp_path / "c/NMNIST/Train", (0, 2), 5)
     assert "[5, 0, 5] usable recordings" in refusal("nmnist", tmp_path / "c")
     assert not list((tmp_path / "c").glob("*.npz"))
 
@@ -279,10 +260,9 @@ def test_poison_counts_of_table_1():
         poison_indices(labels, 0, 0.001, seed=0)
 
 
-@pytest.mark.parametrize("share, counts", [(0.1, [10, 1, 1, 0]), (0.25, [25, 2, 1, 0]), (0.99, [99, 8, 1, 0])])
+@pytest.mark.parametrize("share, counts", [(0.1, [10, 1, 1, 0]), (0.99, [99, 8, 1, 0])])
 def test_hold_out(tmp_path, share, counts):
-    """The two parts are the training set, cut in two per class; the test samples stay where they were; no random
-    numbers of anyone else are used."""
+    """The two parts are the training set, cut in two per class; nobody else's random numbers are used."""
     y = np.repeat(np.arange(4), [100, 9, 2, 1])
     x = np.arange(len(y), dtype=np.uint8)[:, None, None, None] + np.zeros((1, 16, 16, 3), np.uint8)  # tells them apart
     d = load(write_own(tmp_path / "own.npz", x_train=x, y_train=y))
