@@ -1,6 +1,7 @@
 """The grading of the exercises, graded: nothing is worth nothing, right answers are worth everything, and every mistake
 in MISTAKES costs points. Right answers are made here from the product's own functions, so none is written out."""
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,9 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import defenses
 import pytest
-import runs
 import test_exercises
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,9 @@ from torch import nn
 
 import badsnn
 import lif
-import models
 import trigger
+from kit.training import generator
+from lab import defenses, detectors
 
 CHECKS = {name: check for name, check in vars(test_exercises).items() if name.startswith("test_")}
 
@@ -36,23 +36,20 @@ def sigmoid_surrogate(d):
     return torch.autograd.functional.jvp(torch.sigmoid, 4 * d, 4 * torch.ones_like(d))[1]
 
 
+def every_step_loss(outputs, y):
+    return badsnn.criterion(outputs, y, SimpleNamespace(model="resnet19"))
+
+
 def dual_spike_loss(model, x, y, poisoned, v_thr_t, weight, tau=0.5):
     n, v_thr = len(x), torch.cat([torch.ones(len(x)), torch.full((int(poisoned.sum()),), v_thr_t)])
     with lif.neurons(model, v_thr, tau):
         outputs = model(torch.cat([x, x[poisoned]]))[None]
-    loss = badsnn.criterion("ce", outputs[:, :n], y)
-    return loss + weight * badsnn.criterion("ce", outputs[:, n:], y[poisoned]) if poisoned.any() else loss
+    loss = every_step_loss(outputs[:, :n], y)
+    return loss + weight * every_step_loss(outputs[:, n:], y[poisoned]) if poisoned.any() else loss
 
 
 def adaptive_blend(*arguments, **changes):
     return trigger.adaptive_blend(*arguments, **changes)[::2]
-
-
-def answers(rates):
-    model = nn.Sequential(lif.LIF(), nn.Identity())
-    model.forward = lambda x: x.flatten(1) - 1              # predict() calls events of more than 4 dimensions events
-    s = SimpleNamespace(amp="off", device="cpu", frames="counts")
-    return badsnn.predict(model, (rates * 1000).round()[:, :, None, None, None], s, 1.0, 0.5)
 
 
 def wilson(hits, n, level=0.95):
@@ -70,7 +67,7 @@ def clp_channels(weight, gamma, running_var, eps, u):
 
 
 def scan_score(below, above, window):
-    return defenses.scan_score(below, above, window)
+    return detectors.scan_score(below, above, window)
 
 
 def fade(x, x_trig, l2):
@@ -95,9 +92,9 @@ def pareto(rows, gain=lambda row: row["asr_p"] - row["target_rate"]):
 
 ANSWERS = dict(
     lif_step=lif_step, sigmoid_surrogate=sigmoid_surrogate, spikes_per_sample=lif.count_spikes,
-    every_step_loss=lambda outputs, y: badsnn.criterion("tet", outputs, y), dual_spike_loss=dual_spike_loss,
+    every_step_loss=every_step_loss, dual_spike_loss=dual_spike_loss,
     adaptive_blend=adaptive_blend, trigger_losses=trigger.trigger_losses, spike_trigger=trigger.spike_trigger,
-    answers=answers, choose_v_a=choose_v_a, wilson=wilson, clp_channels=clp_channels, scan_score=scan_score,
+    answers=badsnn.answers, choose_v_a=choose_v_a, wilson=wilson, clp_channels=clp_channels, scan_score=scan_score,
     fade=fade, pareto=pareto)
 
 
@@ -151,12 +148,12 @@ MISTAKES = [        # exercise, what is wrong, the answer
     ("spikes_per_sample", "sum over the batch", lambda model, x: lif.count_spikes(model, x).sum()),
     ("spikes_per_sample", "first layer only", lambda model, x: lif.count_spikes(model.lif, model.conv(x)[None])),
     ("spikes_per_sample", "leaves a hook", leaves_a_hook),
-    ("every_step_loss", "of the mean", lambda outputs, y: badsnn.criterion("ce", outputs, y)),
-    ("every_step_loss", "sum over T", lambda outputs, y: len(outputs) * badsnn.criterion("tet", outputs, y)),
-    ("every_step_loss", "last step only", lambda outputs, y: badsnn.criterion("ce", outputs[-1:], y)),
+    ("every_step_loss", "of the mean", lambda outputs, y: F.cross_entropy(outputs.mean(0), y)),
+    ("every_step_loss", "sum over T", lambda outputs, y: len(outputs) * every_step_loss(outputs, y)),
+    ("every_step_loss", "last step only", lambda outputs, y: every_step_loss(outputs[-1:], y)),
     ("every_step_loss", "labels repeated in the wrong order", lambda outputs, y: F.cross_entropy(
         outputs.flatten(0, 1), y.repeat_interleave(len(outputs)))),
-    ("every_step_loss", "no gradient", lambda outputs, y: badsnn.criterion("tet", outputs, y).detach()),
+    ("every_step_loss", "no gradient", lambda outputs, y: every_step_loss(outputs, y).detach()),
     ("dual_spike_loss", "two passes", two_passes),
     ("dual_spike_loss", "wrong sign", lambda *a: dual_spike_loss(*a[:5], -a[5])),
     ("dual_spike_loss", "no weight", lambda *a: dual_spike_loss(*a[:5], 1.0)),
@@ -191,7 +188,7 @@ MISTAKES = [        # exercise, what is wrong, the answer
     ("answers", "silence is class 0", lambda rates: rates.argmax(1)),
     ("answers", "class 0 is silence", lambda rates: rates.argmax(1).where(rates.argmax(1) > 0, -1)),
     ("answers", "only zeros are silence", lambda rates: rates.argmax(1).where(rates.amax(1) > 0, -1)),
-    ("answers", "the smallest", lambda rates: answers(-rates)),
+    ("answers", "the smallest", lambda rates: badsnn.answers(-rates)),
     ("choose_v_a", "forgets base_ca", lambda rows, base_ca, margin: badsnn.choose(rows, -1e9, margin)),
     ("choose_v_a", "forgets the rows' ca", lambda rows, base_ca, margin: badsnn.choose(
         rows, base_ca, margin + max(base_ca, *(row["ca"] for row in rows)) - base_ca)),
@@ -215,14 +212,14 @@ MISTAKES = [        # exercise, what is wrong, the answer
     ("clp_channels", "sign of gamma", lambda weight, gamma, var, eps, u: clp_channels(
         weight, gamma.clamp(min=0), var, eps, u)),
     ("clp_channels", "u is 3", lambda weight, gamma, var, eps, u: clp_channels(weight, gamma, var, eps, 3.0)),
-    ("scan_score", "across the shipped threshold", lambda b, a, w: defenses.scan_score(b[:0], torch.cat([b, a]), w)),
-    ("scan_score", "one side only", lambda b, a, w: defenses.scan_score(a[:0], a if len(a) else b, w)),
-    ("scan_score", "no window", lambda b, a, w: defenses.scan_score(b, a, 1)),
-    ("scan_score", "window off by one", lambda b, a, w: defenses.scan_score(b, a, w + 1)),
+    ("scan_score", "across the shipped threshold", lambda b, a, w: detectors.scan_score(b[:0], torch.cat([b, a]), w)),
+    ("scan_score", "one side only", lambda b, a, w: detectors.scan_score(a[:0], a if len(a) else b, w)),
+    ("scan_score", "no window", lambda b, a, w: detectors.scan_score(b, a, 1)),
+    ("scan_score", "window off by one", lambda b, a, w: detectors.scan_score(b, a, w + 1)),
     ("scan_score", "largest class of each threshold", lambda b, a, w: (
         max(side[i:i + w].amax(1).mean().item() for side in (b, a) for i in range(len(side))),
-        defenses.scan_score(b, a, w)[1])),
-    ("scan_score", "the last window is missing", lambda b, a, w: defenses.scan_score(b[:-1], a[:-1], w)),
+        detectors.scan_score(b, a, w)[1])),
+    ("scan_score", "the last window is missing", lambda b, a, w: detectors.scan_score(b[:-1], a[:-1], w)),
     ("fade", "scales the short ones up", lambda x, x_trig, l2: x + l2 * F.normalize(
         (x_trig - x).flatten(1), dim=1).view_as(x)),
     ("fade", "one factor for all", lambda x, x_trig, l2: x + (x_trig - x) * min(
@@ -246,23 +243,23 @@ def grade(answers, seed, only=None):
         if only in (None, exercise):
             of += n
             with contextlib.suppress(Exception):        # a wrong answer may also lead to an error
-                check(answers, runs.generator(seed, "exercise", name))
+                check(answers, generator(seed, "exercise", name))
                 got += n
     return got, of
 
 
 def test_right_answers_get_all_points():
+    """With any seed that a lecturer may set: texts, as in the environment."""
     assert {check.pytestmark[0].args[0] for check in CHECKS.values()} == set(ANSWERS)
-    for seed in range(5):
+    for seed in ("some words", *map(str, range(40))):
         got, of = grade(SimpleNamespace(**ANSWERS), seed)
-        assert got == of
+        assert got == of == 40, seed
 
 
 @pytest.mark.parametrize("exercise, wrong", [mistake[::2] for mistake in MISTAKES],
                          ids=[f"{exercise}: {text}".replace(" ", "_") for exercise, text, _ in MISTAKES])
 def test_every_mistake_costs_points(exercise, wrong):
-    """With any seed that a lecturer may set."""
-    for seed in range(3):
+    for seed in map(str, range(25)):
         got, of = grade(SimpleNamespace(**dict(ANSWERS, **{exercise: wrong})), seed, exercise)
         assert got < of, f"not noticed with GRADE_SEED={seed}"
 
@@ -272,23 +269,90 @@ def test_every_exercise_has_at_least_four_mistakes():
         assert sum(name == exercise for name, *_ in MISTAKES) >= 4, exercise
 
 
-def graded(submission, out, seed="0"):
+@pytest.mark.parametrize("exercise", sorted(ANSWERS.keys() - {"wilson", "choose_v_a"}))
+def test_arguments_are_left_as_they_are(exercise):
+    def edits(*arguments):
+        answer = ANSWERS[exercise](*arguments)
+        for a in arguments:
+            if isinstance(a, torch.Tensor):
+                a.detach().zero_()
+            if isinstance(a, list):
+                a.clear()
+        return answer
+    got, of = grade(SimpleNamespace(**dict(ANSWERS, **{exercise: edits})), "0", exercise)
+    assert got < of
+
+
+def test_choose_v_a_may_edit_its_rows():
+    def edits(rows, base_ca, margin):
+        rows.sort(key=lambda row: row["v_thr"])
+        for row in rows:
+            row.update(asr_p=row["asr_p"] - row["target_rate"], target_rate=0)
+        return choose_v_a(rows, base_ca, margin)
+    assert grade(SimpleNamespace(choose_v_a=edits), "0", "choose_v_a") == (4, 4)
+
+
+def graded(submission, out, *options, seed="0"):
+    """Grades a file from the command line: (exit code, what OUT.json holds, or None)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_exercises.py",
-               "--exercises", str(submission), "--grade", str(out)]
-    subprocess.run(command, cwd=ROOT, env=dict(os.environ, GRADE_SEED=seed, BADSNN_COMPILE="0"), capture_output=True)
-    return json.loads(out.read_text())
+               "--exercises", str(submission), "--grade", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, GRADE_SEED=seed), capture_output=True)
+    return done.returncode, json.loads(out.read_text()) if out.exists() else None
 
 
 def test_the_command_line_grades(tmp_path):
     """The shipped stubs and a file that is no Python are worth 0; the right answers, from a file, everything."""
-    right, broken = tmp_path / "right.py", tmp_path / "broken.py"
+    right, broken, out = tmp_path / "right.py", tmp_path / "broken.py", tmp_path / "out.json"
     right.write_text("from test_grading import ANSWERS\nglobals().update(ANSWERS)\n")
     broken.write_text("def lif_step(:\n")
-    stubs = graded(ROOT / "notebooks" / "exercises.py", tmp_path / "stubs.json")
+    _, stubs = graded(ROOT / "notebooks" / "exercises.py", out)
     assert stubs["points"] == 0 and set(stubs["exercises"]) == set(ANSWERS)
-    assert graded(broken, tmp_path / "broken.json") | {"file": None} == stubs | {"file": None}
-    best = graded(right, tmp_path / "right.json", seed="some words")
-    assert best["points"] == best["of"] == stubs["of"] and best["seed"] == "some words"
+    _, best = graded(right, out, seed="some words")
+    assert best["points"] == best["of"] == stubs["of"] == 40 and best["seed"] == "some words"
+    _, none = graded(broken, out)
+    assert (none["points"], none["of"]) == (0, 40) and "SyntaxError" in none["exercises"]["fade"]["said"]
+
+
+def test_what_ends_or_never_ends_costs_its_exercise_only(tmp_path):
+    bad, out = tmp_path / "bad.py", tmp_path / "out.json"
+    bad.write_text("""from __future__ import annotations
+import dataclasses, os, signal, sys
+import pytest
+from test_grading import ANSWERS
+globals().update(ANSWERS)
+
+@dataclasses.dataclass
+class Row:          # looks for its module by name
+    values: list[int]
+
+def lif_step(*arguments):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        pass
+
+def sigmoid_surrogate(d):
+    raise KeyboardInterrupt
+
+def spikes_per_sample(*arguments):
+    pytest.exit("enough")
+
+def every_step_loss(*arguments):
+    sys.exit(0)
+
+def wilson(*arguments):
+    os._exit(0)
+""")
+    _, result = graded(bad, out, "--limit", "10")
+    lost = {name: grade["said"] for name, grade in result["exercises"].items() if grade["points"] < grade["of"]}
+    assert lost.keys() == {"lif_step", "sigmoid_surrogate", "spikes_per_sample", "every_step_loss", "wilson"}
+    assert lost["lif_step"] == "not finished after 10 seconds" and result["points"] == 30 and result["of"] == 40
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("xdist"), reason="no pytest-xdist")
+def test_several_processes_are_refused_and_an_old_result_goes(tmp_path):
+    out = tmp_path / "out.json"
+    out.write_text("last week's")
+    assert graded(ROOT / "notebooks" / "exercises.py", out, "-n", "2") == (4, None)
 
 
 def test_unsolved_exercises_fail_only_where_they_are_named():
@@ -301,4 +365,3 @@ def test_the_stubs_are_those_that_are_graded():
     source = Path(ROOT / "notebooks" / "exercises.py").read_text()
     assert source.count("    raise NotImplementedError\n") == len(ANSWERS)
     assert all(f"\ndef {name}(" in source for name in ANSWERS) and max(map(len, source.splitlines())) <= 120
-    assert not hasattr(models, "firing_rates")      # students never edit the product's modules
