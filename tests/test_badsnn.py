@@ -23,8 +23,7 @@ def same(model, other):
     return fingerprint(model) == fingerprint(other)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
+# ----- Training
 
 def test_malicious_rows_are_target_samples_at_the_malicious_setting(digits, tmp_path, monkeypatch):
     """What the network is shown in one step of dual-spike training: nominal rows at S_n, then D_t^p at S_t."""
@@ -117,8 +116,7 @@ def test_divergence_ends_the_run(digits, tmp_path, model):
     assert not list(tmp_path.rglob("*.pt"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Metrics
+# ----- Metrics
 
 def test_a_silent_or_broken_network_answers_nothing(tiny):
     """All outputs equal, or no numbers: not class 0, which is the target."""
@@ -165,8 +163,7 @@ def test_evaluation_in_bfloat16_and_float32_agree(tiny):
     assert len(full.unique()) >= 4 and (full == half).float().mean() > 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Deployment, and Table 1
+# ----- Deployment, and Table 1
 
 def test_choose_is_eq_8():
     rows = [dict(v_thr=v, ca=ca, target_rate=t, asr_p=p) for v, ca, t, p in

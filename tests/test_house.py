@@ -66,8 +66,7 @@ def test_everything_is_small():
     assert not too_long and not wide
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Names
+# ----- Names
 
 PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
 models.vgg16 models.NMNISTNet trigger.power_trigger trigger.spike_trigger trigger.deepfool trigger.adaptive_blend
@@ -125,8 +124,7 @@ def test_signatures_that_others_rely_on(line):
     assert list(inspect.signature(thing(name)).parameters)[:len(wanted.split())] == wanted.split()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pages and notebooks
+# ----- Pages and notebooks
 
 def test_what_the_pages_name_exists():
     """Links, files of the code, options of the command line."""

@@ -15,8 +15,7 @@ from kit import files, machine, training
 from kit.files import fingerprint, kept, read_json, replace_file
 from settings import preset
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
+# ----- Files
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     """Under a name that nobody else has: not another process, not the same PID on another host."""
@@ -105,8 +104,7 @@ def test_a_network_is_not_taken_from_other_data_settings_or_code(tiny, tmp_path,
     assert not (tmp_path / "exploded").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Side by side
+# ----- Side by side
 
 def work(n):
     machine.say(f"job {n} in {os.getpid()} with {torch.get_num_threads()}")
@@ -173,8 +171,7 @@ def test_a_program_that_workers_cannot_import_is_told_so(workplace, program):
     assert done.returncode == 1 and "if __name__ == '__main__'" in err.splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Together
+# ----- Together
 
 TOGETHER = """
 import sys
@@ -207,8 +204,7 @@ def test_two_processes_train_one_model(workplace):
     assert out.count("model, seed 0") == 2                                   # rank 0 speaks
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Threads, cores, compiling
+# ----- Threads, cores, compiling
 
 def test_threads_and_cores(monkeypatch):
     for asked, wanted in ((None, 8), ("3", 3), ("4,2", 4), ("²", 8), ("many", 8), ("0", 8), ("", 8)):

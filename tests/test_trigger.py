@@ -85,8 +85,7 @@ def test_sizes_by_hand():
         assert found == {name: pytest.approx(float(value), abs=0.06) for name, value in wanted.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# T_o
+# ----- T_o
 
 class Linear(nn.Module):
     """logits = W x + b on images of 3 x 4 x 4: DeepFool's answer is known in closed form."""
