@@ -47,6 +47,7 @@ def side_by_side(function, jobs, s, names=None):
     try:
         names = names or [str(i) for i in range(len(jobs))]
         tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
+        pool.submit(int)        # wakes the pool, which otherwise may not watch its last worker
         return [task.result() for task in tasks]
     except BrokenProcessPool:
         raise ValueError("a process that trained a model ended early: out of memory, or the program that runs here is "

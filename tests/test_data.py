@@ -1,4 +1,5 @@
 """Data sets, the .npz format, foreign and damaged files, events, augmentation, held-out and poisoned samples."""
+import contextlib
 import io
 import zipfile
 from dataclasses import replace
@@ -93,11 +94,9 @@ def test_no_npz_at_all(tmp_path):
 
 def test_an_asr_needs_test_samples_of_another_class(tmp_path):
     """Among the test samples and among those held out of training."""
-    path = write_own(tmp_path / "own.npz", y_test=np.full(6, 1))
-    assert (load_for(preset(path, device="cpu", poison_ratio=0.5, target=0)).y_test == 1).all()
-    for target, y_train in ((1, Y), (0, np.array([0] * 10 + [1, 2]))):
+    for target, y_train, fits in ((0, Y, True), (1, Y, False), (0, np.array([0] * 10 + [1, 2]), False)):
         path = write_own(tmp_path / "own.npz", y_train=y_train, y_test=np.full(6, 1))
-        with pytest.raises(ValueError, match="--target"):
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--target"):
             load_for(preset(path, device="cpu", poison_ratio=0.5, target=target))
 
 
@@ -118,16 +117,20 @@ def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+ROWS = """Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId
+00004.ppm;30;30;5;5;25;25;0
+00005.ppm;30;30;5;5;25;25;1
+"""
+
+
 def test_gtsrb_folder(tmp_path):
-    """Four training images of two classes and two test images, as the archives unpack; then one of them damaged."""
+    """Four training images of two classes and two test images, as the archives unpack; first with one damaged."""
     base, rng = tmp_path / "gtsrb/GTSRB", np.random.default_rng(0)
-    rows = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
     for i in range(6):
         folder = base / (f"Training/{i % 2:05d}" if i < 4 else "Final_Test/Images")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)).save(folder / f"{i:05d}.ppm")
-        rows += [f"{i:05d}.ppm;30;30;5;5;25;25;{i % 2}"] * (i >= 4)
-    (tmp_path / "gtsrb/GT-final_test.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "gtsrb/GT-final_test.csv").write_text(ROWS)
     last = base / "Training/00001/00003.ppm"
     image, whole = Image.open(last).resize((32, 32), resample=2), last.read_bytes()
     last.write_bytes(whole[:100])
@@ -136,20 +139,6 @@ def test_gtsrb_folder(tmp_path):
     d = load("gtsrb", tmp_path)
     assert d.x_train.shape == (4, 3, 32, 32) and d.y_train.tolist() == [0, 0, 1, 1] and d.y_test.tolist() == [0, 1]
     assert np.array_equal(d.x_train[3].permute(1, 2, 0), np.asarray(image)) and d.class_names == ["0", "1"]
-
-
-def test_cifar_is_stored_as_it_is(tmp_path, monkeypatch):
-    from torchvision import datasets
-    x = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-
-    class Fake(datasets.CIFAR10):
-        def __init__(self, root, train, download):
-            self.data, self.targets = x if train else x[:6], [0, 1, 2] * (4 if train else 2)
-            self.classes, self.transform, self.target_transform = ["cat", "dog", "car"], None, None
-    monkeypatch.setattr(datasets, "CIFAR10", Fake)
-    d = load("cifar10", tmp_path)
-    assert np.array_equal(d.x_train.permute(0, 2, 3, 1), x) and d.y_test.tolist() == [0, 1, 2] * 2
-    assert d.class_names == load("cifar10", tmp_path).class_names == ["cat", "dog", "car"]
 
 
 # ----- Events
@@ -214,7 +203,7 @@ def test_simulated_sensor():
 # ----- Samples
 
 def test_augment():
-    """Every sample is one of its shifts and mirror images, all of which occur."""
+    """Every sample is one of its shifts and mirror images; all occur."""
     x = torch.arange(2 * 3 * 6 * 6, dtype=torch.uint8).view(2, 3, 6, 6)
     assert torch.equal(augment(x, 0, False, 0, torch.Generator()), x)
     seen = set()
@@ -226,8 +215,8 @@ def test_augment():
             assert len(match) == 1
             seen.update(match)
     assert len(seen) == 18
-    frames = torch.randint(0, 9, (2, 4, 2, 34, 34), dtype=torch.uint8)
-    assert augment(frames, 1, False, 0, torch.Generator().manual_seed(0)).shape == frames.shape
+    frames = torch.zeros(2, 4, 2, 34, 34, dtype=torch.uint8)
+    assert augment(frames, 1, False, 0, torch.Generator()).shape == frames.shape
 
 
 def test_augment_contrast():

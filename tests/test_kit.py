@@ -71,37 +71,36 @@ def test_means_and_spread():
     assert files.spread_of(rows[:1]) == {}
 
 
-def test_a_network_is_not_taken_from_other_data_settings_or_code(tiny, tmp_path, monkeypatch):
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_network_is_not_taken_from_other_data_settings_or_code(workplace, tiny, monkeypatch):
     """Nor from a damaged file, nor from one that holds code, which is not run."""
-    def path_of(data, s, attack="badsnn"):
+    def path_of(data=tiny.data, attack="badsnn", **changes):
         with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
             patch.setattr(training, "read_checkpoint", stop)
-            badsnn.train(data, s, attack)
+            badsnn.train(data, replace(tiny.s, runs=Path("."), **changes), attack)
         return paths.pop()
 
     def stop(path, *arguments, **parts):
         paths.append(path)
         raise KeyboardInterrupt
-
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-    paths, data, s = [], tiny.data, replace(tiny.s, runs=tmp_path)
-    path, other = path_of(data, s), replace(data, y_train=data.y_train.flip(0))
-    different = {path_of(other, s), path_of(data, s, None), *(path_of(data, replace(s, **change)) for change in (
-        dict(pad=1), dict(lr=0.05), dict(seed=1), dict(malicious_weight=0.5), dict(frames="binary")))}
-    monkeypatch.setattr(badsnn, "CODE", "another")
-    assert path.parent == tmp_path / "digits" and len(different | {path_of(data, s), path}) == 9
-    monkeypatch.undo()
+    paths, path, good = [], path_of(), next(tiny.s.runs.rglob("backdoored*.pt"))
+    found = {path, path_of(replace(tiny.data, y_train=tiny.data.y_train.flip(0))), path_of(attack=None), path_of(pad=1),
+             path_of(lr=0.05), path_of(seed=1), path_of(malicious_weight=0.5)}
+    with monkeypatch.context() as patch:
+        patch.setattr(badsnn, "CODE", "another")
+        assert len(found | {path_of()}) == 8 and path.parts[0] == "digits"
     path.parent.mkdir()
-    (good,) = [p for p in tiny.s.runs.rglob("backdoored*.pt")]
     state = torch.load(good, weights_only=True)
     for bad, message in ((dict(state, config=dict(state["config"], width=99)), "other settings"),
                          (dict(config=Bomb()), "not a checkpoint"), (None, "not a checkpoint")):
         torch.save(bad, path) if bad else path.write_bytes(good.read_bytes()[:1000])
         with pytest.raises(ValueError, match=f"{path}: .*{message}"):
-            badsnn.train(data, s, "badsnn")
-    assert not (tmp_path / "exploded").exists()
+            badsnn.train(tiny.data, replace(tiny.s, runs=Path(".")), "badsnn")
+    assert not Path("exploded").exists()
 
 
 # ----- Side by side
@@ -120,9 +119,8 @@ def test_results_in_order_and_one_display(capfd):
     two = preset("digits", processes=2, device="cpu")
     results = machine.side_by_side(work, [(1,), (4,), (5,)], two, ["a", "b", "c"])
     assert [value for value, _ in results] == [1, 16, 25] and os.getpid() not in {pid for _, pid in results}
-    lines = capfd.readouterr().out.splitlines()
-    assert sorted(line.split()[0] for line in lines) == ["a", "b", "c"]
-    assert all(line.endswith("with 1") for line in lines)
+    shown = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert sorted(words[0] for words in shown) == ["a", "b", "c"] and {words[-1] for words in shown} == {"1"}
     for alone in (replace(two, processes=1), SimpleNamespace(device="cuda", processes=None)):     # one GPU, one model
         assert {pid for _, pid in machine.side_by_side(work, [(1,), (4,)], alone)} == {os.getpid()}
 
@@ -136,7 +134,7 @@ def test_an_error_or_a_killed_worker_ends_the_others(job, message):
 
 
 SIDE_BY_SIDE = """
-import os, sys, time
+import os, time
 from pathlib import Path
 from types import SimpleNamespace
 from kit import machine
@@ -162,11 +160,12 @@ def test_no_worker_outlives_its_parent(workplace, how):
     assert len(workers) == 2 and not any(Path("/proc", pid.name).exists() for pid in workers)
 
 
-@pytest.mark.parametrize("program", ["no guard", "standard input"])
+@pytest.mark.parametrize("program", ["program.py", "-"])
 def test_a_program_that_workers_cannot_import_is_told_so(workplace, program):
+    """One without a guard, and one from standard input."""
     Path("program.py").write_text(SIDE_BY_SIDE + RUN)
     with open("program.py") as file:
-        done = start("program.py" if program == "no guard" else "-", stdin=file)
+        done = start(program, stdin=file)
         err = done.communicate()[1]
     assert done.returncode == 1 and "if __name__ == '__main__'" in err.splitlines()[-1]
 
@@ -220,20 +219,16 @@ def test_threads_and_cores(monkeypatch):
 
 def test_where_nothing_can_be_compiled_the_same_function_runs(monkeypatch):
     """Said once; and an error of the arguments stays one."""
-    def no_compiler(function, **options):
-        def run(*arguments):
-            calls.append(1)
-            raise RuntimeError("no C++ compiler")
-        return run
+    def fails(*arguments):
+        calls.append(1)
+        raise RuntimeError("no C++ compiler")
     calls, function = [], machine.compiled(lambda x: 1 / x)
-    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
     monkeypatch.setitem(machine._compiling, "possible", True)
     assert function(2) == 0.5 and not calls
     with machine.compiling(True):
         with pytest.raises(ZeroDivisionError):
             function(0)
-        assert machine._compiling["possible"]
         with pytest.warns(UserWarning, match="runs uncompiled"):
             assert function(2) == 0.5
         assert function(4) == 0.25 and len(calls) == 2
-    assert not machine._compiling["wanted"]

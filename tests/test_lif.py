@@ -1,4 +1,4 @@
-"""The neuron: worked by hand, beside SpikingJelly's, compiled, its gradients, its settings and what is saved of them."""
+"""The neuron: worked by hand, beside SpikingJelly's, compiled; its gradients and settings, and what is saved of them."""
 import copy
 import io
 import math

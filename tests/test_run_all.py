@@ -61,7 +61,8 @@ def test_packages_of_the_system_are_used_through_a_venv(run, tmp_path):
     assert "--without-pip" in (tmp_path / "bin/log").read_text()
     for arguments, ran in (("", "badsnn.py story"), ("--seed 3", "badsnn.py story --seed 3"),
                            ("gtsrb --epochs 2", "badsnn.py attack --dataset gtsrb --epochs 2"),
-                           ("gtsrb --results mine", "badsnn.py report --results mine"), ("test -k lif", "tests -k lif")):
+                           ("gtsrb --results mine", "badsnn.py report --results mine"),
+                           ("test -k lif", "tests -k lif")):
         assert ran in run(*arguments.split()).stdout
 
 
