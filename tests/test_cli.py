@@ -8,6 +8,7 @@ import sys
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_presets_and_settings():
     assert learned.tau_t is None and learned.of()["tau_a"] is None      # no label says a tau that was not used
     with pytest.raises(FrozenInstanceError):
         s.seed = 3
-    for wrong in (partial(replace, s, epochs=0), partial(replace, learned, neuron="lif"), partial(preset, "digits", e=3)):
+    for wrong in (partial(replace, s, epochs=0), partial(replace, learned, neuron="lif"), partial(preset, "gtsrb", e=3)):
         with pytest.raises(ValueError):
             wrong()
 
@@ -48,8 +49,8 @@ def test_presets_and_settings():
 @pytest.mark.parametrize("arguments, message", [
     ("atack", "invalid choice"), ("attack --nonsense", "unrecognized"), ("attack --dataset mnist", "unknown dataset"),
     ("attack --dataset own.npz", "must be uint8"), ("attack --v-thr-a 1.0 -1", "--v-thr-a must"),
-    ("attack --q nan", "--q must"), ("attack --poison-ratio 0.0001", "selects none"), ("attack --target 10", "--target"),
-    ("attack --batch-size x", "invalid int"), ("attack --n-train 99999", "only"),
+    ("attack --q nan", "--q must"), ("attack --poison-ratio 0.0001", "selects none"), ("attack --target 9e9", "invalid int"),
+    ("attack --target 10", "--target"), ("attack --n-train 99999", "only"),
     ("attack --v-thr-t-low 2", "at most"),
     ("attack --model nmnist_net", "holds images"), ("attack --device meta", "not usable"),
     ("attack --seed 12345678901234567890", "--seed must"), ("attack --neuron plif --tau-a 0.1", "which learns"),
@@ -104,42 +105,37 @@ def test_attack_on_ones_own_events(workplace):
 
 def test_story_defend_ablate_and_scan_write_what_is_computed(workplace, monkeypatch):
     """The computations have tests of their own."""
-    calls = []
-
-    def computed(name):
-        return lambda data, s, *more, **options: (calls.append((name, more, options)), dict(rows=[dict(ca=1.0)]))[1]
+    computed = {name: Mock(return_value=dict(rows=[dict(ca=1.0)])) for name in ("story", "defend", "scan", "attack")}
     for module, name in ((story, "story"), (table2, "defend"), (scan, "scan"), (cli.badsnn, "attack")):
-        monkeypatch.setattr(module, name, computed(name))
-    monkeypatch.setattr(ablations, "ablate", lambda *of: {name: computed(name)(*of[:2]) for name in of[2]})
-    for name in ("print_story", "print_scan", "print_attack"):
-        monkeypatch.setattr(report, name, lambda *arguments: None)
+        monkeypatch.setattr(module, name, computed[name])
+    monkeypatch.setattr(ablations, "ablate", lambda data, s, names: {name: dict(rows=[dict(ca=1.0)]) for name in names})
+    for name in ("print_story", "print_scan"):
+        monkeypatch.setattr(report, name, Mock())
     for command in ("story", "defend --attacks badsnn blend --defender-at S_n", "ablate --study power plif power",
                     "scan --models 3"):
         cli.main([*command.split(), *TINY])
-    assert [name for name, _, _ in calls] == ["attack", "story", "defend", "power", "plif", "scan"]
-    assert calls[2][2] == dict(attacks=["badsnn", "blend"], defender_at="S_n") and calls[5][2] == dict(n_models=3)
-    for name in ("story", "defend", "power", "plif", "scan"):
+    assert computed["defend"].call_args.kwargs == dict(attacks=["badsnn", "blend"], defender_at="S_n")
+    assert computed["scan"].call_args.kwargs == dict(n_models=3) and computed["attack"].call_count == 1
+    for name in ("attack", "story", "defend", "power", "plif", "scan"):
         result = json.loads(Path(f"runs/results/digits/{name}.json").read_text())
         assert result["rows"] == [dict(ca=1.0)] and result["width"] == SMALL["width"] and result["seconds"] >= 0
 
 
 def test_stopped_and_printed_anywhere(workplace, monkeypatch, capsys):
-    """Ctrl-C says how to go on; a terminal that lacks a letter ends nothing; a bug stays a traceback."""
-    def stop(*arguments):
-        raise error
-    raw = io.BytesIO()
+    """A terminal that lacks a letter ends nothing; Ctrl-C and lacking memory are one line; a bug is a traceback."""
+    raw, real = io.BytesIO(), sys.stdout
     terminal = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
-    monkeypatch.setattr(report, "report", lambda *arguments: print("1 ± 2", file=terminal))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        cli.main(["report"])
+    monkeypatch.setattr(report, "report", lambda *arguments: print("1 ± 2"))
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cli.main(["report"])
+    monkeypatch.setattr(sys, "stdout", real)
     assert raw.getvalue() == b"1 ? 2\n"
-    monkeypatch.setattr(report, "report", stop)
     for error, shown in ((KeyboardInterrupt(), SystemExit), (RuntimeError("CUDA out of memory"), SystemExit),
                          (RuntimeError("shapes"), RuntimeError), (KeyError("x"), KeyError)):
+        monkeypatch.setattr(report, "report", Mock(side_effect=error))
         with pytest.raises(shown):
             cli.main(["report"])
-    assert "out of memory" in capsys.readouterr().err
+    assert capsys.readouterr().err == "badsnn: CUDA out of memory\n"
 
 
 def test_a_reader_who_leaves_ends_it_quietly(workplace):

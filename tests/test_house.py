@@ -76,10 +76,10 @@ lab.defenses.fine_tune lab.defenses.clp lab.defenses.anp lab.defenses.tsbd lab.d
 lab.detectors.spike_deviation lab.detectors.threshold_scan""".split()
 SIGNATURES = """lif.LIF v_thr tau; lif.PLIF v_thr; lif.lif_reference x_seq v_thr tau; lif.neurons model v_thr tau;
 lif.count_spikes model x; models.build_model name num_classes T width neuron mean std; data.load name root;
-trigger.power_trigger x q mean std renormalize; trigger.spike_trigger frames beta generator; settings.preset dataset changes;
+trigger.power_trigger x q mean std renormalize; trigger.spike_trigger frames beta generator;
 trigger.deepfool model x num_classes max_iter overshoot; badsnn.train data s attack poison; badsnn.attack data s;
 badsnn.evaluate model data s v_thr tau; badsnn.asr model data s v_thr tau; badsnn.choose rows base_ca margin;
-badsnn.deploy model data s; lab.defenses.restore model; lab.defenses.fine_tune model; lab.defenses.clp model"""
+badsnn.deploy model data s; lab.defenses.restore model; settings.preset dataset changes"""
 
 
 def thing(name):

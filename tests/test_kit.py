@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import ROOT, start
+from common import start
 
 import badsnn
 from kit import files, machine, training
@@ -174,7 +174,6 @@ def test_a_program_that_workers_cannot_import_is_told_so(workplace, program):
 
 TOGETHER = """
 import sys
-sys.path.insert(0, {tests!r})
 from dataclasses import replace
 from pathlib import Path
 from common import prepared
@@ -186,13 +185,13 @@ with machine.processes(s) as s:
     rank = machine.rank()
     s = replace(s, runs=s.runs / str(rank))         # as on two machines, each with a disk of its own
     first, again = (badsnn.train(data, s, "badsnn") for _ in range(2))      # the second is read, by rank 0 alone
-    Path(f"rank{{rank}}").write_text(f"{{fingerprint(list(first.parameters()))}} {{fingerprint(again)}}")
+    Path(f"rank{rank}").write_text(f"{fingerprint(list(first.parameters()))} {fingerprint(again)}")
 """
 
 
 def test_two_processes_train_one_model(workplace):
     """Equal weights in both (on CPUs each has statistics of its own), written once, and both read what is written."""
-    Path("together.py").write_text(TOGETHER.format(tests=str(ROOT / "tests")))
+    Path("together.py").write_text(TOGETHER)
     command = "-m torch.distributed.run --standalone --nproc-per-node=2 together.py".split()
     done = start(*command, Path("data").absolute())
     out, err = done.communicate(timeout=300)

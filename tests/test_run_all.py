@@ -27,15 +27,13 @@ esac
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs run_all.sh beside a python3 that files in bin/ furnish."""
-    for folder in ("bin", "work"):
-        (tmp_path / folder).mkdir()
-    python = tmp_path / "bin/python3"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
+    (tmp_path / "bin").mkdir(), (tmp_path / "work").mkdir()
+    (tmp_path / "bin/python3").write_text(STAND_IN)
+    (tmp_path / "bin/python3").chmod(0o755)
     (tmp_path / "work/run_all.sh").write_text((ROOT / "run_all.sh").read_text())
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: subprocess.run(["bash", "work/run_all.sh", *arguments], capture_output=True, text=True)
+    command = ["bash", str(tmp_path / "work/run_all.sh")]
+    return lambda *arguments: subprocess.run([*command, *arguments], capture_output=True, text=True)
 
 
 def test_a_bare_machine_is_set_up_once(run, tmp_path):
