@@ -41,7 +41,7 @@ def test_presets_and_settings():
     assert learned.tau_t is None and learned.of()["tau_a"] is None      # no label says a tau that was not used
     with pytest.raises(FrozenInstanceError):
         s.seed = 3
-    for wrong in (partial(replace, s, epochs=0), partial(replace, learned, neuron="lif"), partial(preset, "gtsrb", e=3)):
+    for wrong in (partial(replace, s, epochs=0), partial(replace, learned, neuron="lif"), partial(preset, "", e=3)):
         with pytest.raises(ValueError):
             wrong()
 
@@ -49,9 +49,8 @@ def test_presets_and_settings():
 @pytest.mark.parametrize("arguments, message", [
     ("atack", "invalid choice"), ("attack --nonsense", "unrecognized"), ("attack --dataset mnist", "unknown dataset"),
     ("attack --dataset own.npz", "must be uint8"), ("attack --v-thr-a 1.0 -1", "--v-thr-a must"),
-    ("attack --q nan", "--q must"), ("attack --poison-ratio 0.0001", "selects none"), ("attack --target 9e9", "invalid int"),
-    ("attack --target 10", "--target"), ("attack --n-train 99999", "only"),
-    ("attack --v-thr-t-low 2", "at most"),
+    ("attack --q nan", "--q must"), ("attack --poison-ratio 0.0001", "selects none"), ("attack --T x", "invalid int"),
+    ("attack --target 10", "--target"), ("attack --n-train 99999", "only"), ("attack --v-thr-t-low 2", "at most"),
     ("attack --model nmnist_net", "holds images"), ("attack --device meta", "not usable"),
     ("attack --seed 12345678901234567890", "--seed must"), ("attack --neuron plif --tau-a 0.1", "which learns"),
     ("attack --runs own.npz", "not a writable folder"), ("ablate --study everything", "invalid choice"),

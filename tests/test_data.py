@@ -112,28 +112,20 @@ def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monke
         assert type(error).__name__ in text and hint in text and not list(tmp_path.iterdir())
 
 
-ROWS = """Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId
-00004.ppm;30;30;5;5;25;25;0
-00005.ppm;30;30;5;5;25;25;1
-"""
+def test_images_of_torchvision(tmp_path, monkeypatch):
+    """Resized to 32x32 by PIL, in order, with their names."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)) for i in range(6)]
 
-
-def test_gtsrb_folder(tmp_path):
-    """Four training images of two classes and two test images, as the archives unpack; first with one damaged."""
-    base, rng = tmp_path / "gtsrb/GTSRB", np.random.default_rng(0)
-    for i in range(6):
-        folder = base / (f"Training/{i % 2:05d}" if i < 4 else "Final_Test/Images")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)).save(folder / f"{i:05d}.ppm")
-    (tmp_path / "gtsrb/GT-final_test.csv").write_text(ROWS)
-    last = base / "Training/00001/00003.ppm"
-    image, whole = Image.open(last).resize((32, 32), resample=2), last.read_bytes()
-    last.write_bytes(whole[:100])
-    assert "put GTSRB" in refusal("gtsrb", tmp_path) and not list(tmp_path.glob("*.npz"))
-    last.write_bytes(whole)
+    class Folder(list):
+        classes = ["cat", "dog"]
+    monkeypatch.setattr("torchvision.datasets.GTSRB", lambda root, split, download: Folder(
+        (image, i % 2) for i, image in enumerate(images) if (split == "train") == (i < 4)))
     d = load("gtsrb", tmp_path)
-    assert d.x_train.shape == (4, 3, 32, 32) and d.y_train.tolist() == [0, 0, 1, 1] and d.y_test.tolist() == [0, 1]
-    assert np.array_equal(d.x_train[3].permute(1, 2, 0), np.asarray(image)) and d.class_names == ["0", "1"]
+    assert d.y_train.tolist() == [0, 1, 0, 1] and d.y_test.tolist() == [0, 1] and d.class_names == ["cat", "dog"]
+    for x, image in zip([*d.x_train, *d.x_test], images):
+        assert np.array_equal(x.permute(1, 2, 0), np.asarray(image.resize((32, 32), resample=2)))
+    assert torch.equal(load("gtsrb", tmp_path).x_test, d.x_test)                # from the converted file
 
 
 # ----- Events

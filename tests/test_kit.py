@@ -87,7 +87,8 @@ def test_a_network_is_not_taken_from_other_data_settings_or_code(workplace, tiny
     def stop(path, *arguments, **parts):
         paths.append(path)
         raise KeyboardInterrupt
-    paths, path, good = [], path_of(), next(tiny.s.runs.rglob("backdoored*.pt"))
+    paths = []
+    path, good = path_of(), next(tiny.s.runs.rglob("backdoored*.pt"))
     found = {path, path_of(replace(tiny.data, y_train=tiny.data.y_train.flip(0))), path_of(attack=None), path_of(pad=1),
              path_of(lr=0.05), path_of(seed=1), path_of(malicious_weight=0.5)}
     with monkeypatch.context() as patch:
