@@ -37,7 +37,9 @@ def side_by_side(function, jobs, s, names=None):
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
                                [threads_each(cores(), workers)])
     try:
-        tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names or range(len(jobs)), jobs)]
+        names = names or [str(i) for i in range(len(jobs))]
+        tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
+        pool.submit(int)        # wakes the pool, which otherwise may not watch its last worker
         return [task.result() for task in tasks]
     except BrokenProcessPool:
         raise ValueError("a worker ended early: out of memory (the same command goes on after the last epoch), or the "

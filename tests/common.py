@@ -24,13 +24,9 @@ def prepared(dataset="digits", **changes):
 
 def start(*command, **options):
     """Starts a Python process that finds our modules and neither compiles nor uses a second thread."""
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BADSNN_COMPILE": "0", **options.pop("env", {})}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "BADSNN_COMPILE": "0"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes | options)
-
-
-def start_badsnn(*arguments, **options):
-    return start(ROOT / "badsnn.py", *arguments, **options)
 
 
 def refused(capsys, *arguments):

@@ -1,16 +1,16 @@
 """Section 3: what a network is shown in training, Eq. 2, resuming, metrics, the choice of Eq. 8, Table 1's row."""
 import signal
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ROOT, prepared, start
+from common import prepared, start
 
 import badsnn
-import trigger
 from data import hold_out, poison_indices
 from kit.files import fingerprint
 from kit.training import generator
@@ -19,32 +19,23 @@ from settings import preset
 PLAIN = dict(epochs=1, pad=0, contrast=0.0, malicious_contrast=0.0)         # samples as they are
 
 
-def same(model, other):
-    return fingerprint(model) == fingerprint(other)
+# ----- Training
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Training
-
-def test_malicious_rows_are_target_samples_at_the_malicious_setting(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("low, high, tau_t", [(1.4, 1.4, 0.7), (1.2, 1.5, 0.0)])
+def test_malicious_rows_are_target_samples_at_the_malicious_setting(digits, tmp_path, monkeypatch, low, high, tau_t):
     """What the network is shown in one step of dual-spike training: nominal rows at S_n, then D_t^p at S_t."""
-    seen, batches, real, forward = [], [], badsnn.neurons, badsnn.to_float
-    monkeypatch.setattr(badsnn, "neurons", lambda model, v_thr=None, tau=None: (
-        seen.append((v_thr, tau)), real(model, v_thr, tau))[1])
-    monkeypatch.setattr(badsnn, "to_float", lambda x, s: (batches.append(x), forward(x, s))[1])
-    for low, high, tau_t in ((1.4, 1.4, 0.7), (1.2, 1.5, 0.0)):
-        data, s = prepared(data=digits, runs=tmp_path, target=3, batch_size=100, v_thr_t=high, tau_t=tau_t, **PLAIN)
-        seen.clear(), batches.clear()
-        badsnn.train(data, replace(s, v_thr_t_low=low), "badsnn")
-        v_thr, tau = seen[0]
-        assert v_thr[:100].tolist() == [1.0] * 100 and tau.tolist() == pytest.approx([0.5] * 100 + [tau_t] * 8)
-        assert low - 1e-6 <= v_thr[100:].min() and v_thr[100:].max() <= high + 1e-6
-        assert (len(v_thr[100:].unique()) == 8) == (low != high)          # a threshold of its own for every row
-        part = hold_out(data)[0]
-        poisoned = poison_indices(part.y_train, 3, s.poison_ratio, s.seed)
-        assert (part.y_train[poisoned] == 3).all()
-        allowed = part.x_train[poisoned]
-        assert all(any(torch.equal(row, x) for x in allowed) for row in batches[0][100:])
+    shown, set_to = (Mock(wraps=getattr(badsnn, name)) for name in ("to_float", "neurons"))
+    monkeypatch.setattr(badsnn, "to_float", shown), monkeypatch.setattr(badsnn, "neurons", set_to)
+    data, s = prepared(data=digits, runs=tmp_path, target=3, batch_size=100, v_thr_t=high, tau_t=tau_t, **PLAIN)
+    badsnn.train(data, replace(s, v_thr_t_low=low), "badsnn")
+    (_, v_thr, tau), x = set_to.call_args_list[0].args, shown.call_args_list[0].args[0]
+    assert v_thr[:100].tolist() == [1.0] * 100 and tau.tolist() == pytest.approx([0.5] * 100 + [tau_t] * 8)
+    assert low - 1e-6 <= v_thr[100:].min() and v_thr[100:].max() <= high + 1e-6
+    assert (len(v_thr[100:].unique()) == 8) == (low != high)          # a threshold of its own for every row
+    part = hold_out(data)[0]
+    poisoned = poison_indices(part.y_train, 3, s.poison_ratio, s.seed)
+    assert (part.y_train[poisoned] == 3).all()
+    assert all(any(torch.equal(row, x) for x in part.x_train[poisoned]) for row in x[100:])
 
 
 def test_a_step_is_eq_2(digits, tmp_path, monkeypatch):
@@ -72,9 +63,8 @@ def test_a_step_is_eq_2(digits, tmp_path, monkeypatch):
 
 
 def test_criterion_and_time_steps():
-    outputs, y, images, events = torch.randn(3, 5, 4), torch.tensor([0, 1, 2, 3, 0]), preset("digits"), preset("ndigits")
+    outputs, y, s, events = torch.randn(3, 5, 4), torch.arange(5) % 4, preset("digits", epochs=10), preset("ndigits")
     assert torch.allclose(badsnn.criterion(outputs, y, events), (outputs.mean(0) - torch.eye(4)[y]).square().mean())
-    s = replace(images, epochs=10)
     assert [badsnn.steps_in(epoch, s) for epoch in range(10)] == [1, 1, 1, 1, 2, 2, 2, 4, 4, 4]
     assert {badsnn.steps_in(epoch, replace(s, T=1)) for epoch in range(10)} == {1}
     assert {badsnn.steps_in(epoch, replace(events, epochs=10)) for epoch in range(10)} == {4}
@@ -97,16 +87,12 @@ badsnn.train(*prepared(**LEARNS, data=Path(sys.argv[1]), runs=Path("runs")), "ba
 
 def test_killed_and_started_again_it_ends_as_if_undisturbed(workplace, tiny, capsys):
     """kill -9 in the third epoch leaves whole checkpoints; the same command then gives bit-identical weights."""
-    script = workplace / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, '{ROOT}/tests')\n{KILLED}")
-    process = start(script, tiny.s.data)
-    out, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
-    s = replace(tiny.s, runs=workplace / "runs")
-    assert same(badsnn.train(tiny.data, s, "badsnn"), tiny.backdoored)
-    assert "resumed after epoch 2" in capsys.readouterr().out and not list(workplace.rglob("*.tmp"))
-    assert same(badsnn.train(tiny.data, s, "badsnn"), tiny.backdoored)                # finished: read, not trained
-    assert "finished earlier" in capsys.readouterr().out
+    process, s = start("-c", KILLED, tiny.s.data), replace(tiny.s, runs=Path("runs"))
+    assert process.communicate()[1] == "" and process.returncode == -signal.SIGKILL
+    for said in ("resumed after epoch 2", "finished earlier"):              # the second time it is read, not trained
+        assert fingerprint(badsnn.train(tiny.data, s, "badsnn")) == fingerprint(tiny.backdoored)
+        assert said in capsys.readouterr().out
+    assert not list(workplace.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("model", ["resnet19", "vgg16"])
@@ -117,19 +103,23 @@ def test_divergence_ends_the_run(digits, tmp_path, model):
     assert not list(tmp_path.rglob("*.pt"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Metrics
+# ----- Metrics
+
+class Answers(torch.nn.Module):
+    """A network that answers f(images)."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.forward = f
+
 
 def test_a_silent_or_broken_network_answers_nothing(tiny):
     """All outputs equal, or no numbers: not class 0, which is the target."""
-    class Silent(torch.nn.Module):
-        def forward(self, x):
-            outputs = torch.zeros(len(x), 10)
-            outputs[0, 4], outputs[1] = 1, torch.nan
-            return outputs
-    guess = badsnn.predict(Silent(), tiny.data.x_test[:5], tiny.s, 1.0, 0.5)
-    assert guess.tolist() == [4, -1, -1, -1, -1]
-    assert badsnn.asr(Silent(), tiny.data, tiny.s, 1.0, 0.5, lambda x: x) == 0
+    outputs = torch.zeros(5, 10)
+    outputs[0, 4], outputs[1] = 1, torch.nan
+    broken = Answers(lambda x: outputs[:len(x)])
+    assert badsnn.predict(broken, tiny.data.x_test[:5], tiny.s, 1.0, 0.5).tolist() == [4, -1, -1, -1, -1]
+    assert badsnn.asr(Answers(lambda x: 0 * x[:, 0, 0]), tiny.data, tiny.s, 1.0, 0.5, lambda x: x) == 0
 
 
 def test_metrics_leave_out_the_target_class(tiny, monkeypatch):
@@ -144,19 +134,14 @@ def test_metrics_leave_out_the_target_class(tiny, monkeypatch):
     assert got == dict(ca=80.0, target_rate=33.33)
 
 
-def test_large_images_are_evaluated_in_small_batches(tiny):
-    """A batch holds as many pixels whatever the size of an image: evaluation needs no more memory than training."""
-    class Counts(torch.nn.Module):
-        def forward(self, x):
-            sizes.append(x.shape)
-            return torch.eye(3)[x[:, 0, 0, 0].mul(255).long()]
-    for n, side in ((50, 224), (1200, 16)):
-        sizes, x = [], torch.zeros(n, 3, side, side, dtype=torch.uint8)
-        x[::2] = 2
-        guess = badsnn.predict(Counts(), x, tiny.s, None, None)
-        assert guess.tolist() == [2, 0] * (n // 2) and sum(shape[0] for shape in sizes) == n
-        assert max(shape[0] * shape[2] * shape[3] for shape in sizes) <= 512 * 34 * 34
-    assert len(sizes) == 3
+@pytest.mark.parametrize("n, side, batches", [(50, 224, 5), (1200, 16, 3)])
+def test_a_batch_of_an_evaluation_holds_so_many_pixels(tiny, n, side, batches):
+    """Whatever the size of an image: evaluation needs no more memory than training."""
+    x, sizes = torch.zeros(n, 3, side, side, dtype=torch.uint8), []
+    x[::2] = 2
+    model = Answers(lambda x: (sizes.append(len(x)), torch.eye(3)[x[:, 0, 0, 0].mul(255).long()])[1])
+    assert badsnn.predict(model, x, tiny.s, None, None).tolist() == [2, 0] * (n // 2)
+    assert len(sizes) == batches and max(sizes) * side * side <= 512 * 34 * 34
 
 
 def test_evaluation_in_bfloat16_and_float32_agree(tiny):
@@ -165,8 +150,7 @@ def test_evaluation_in_bfloat16_and_float32_agree(tiny):
     assert len(full.unique()) >= 4 and (full == half).float().mean() > 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Deployment, and Table 1
+# ----- Deployment, and Table 1
 
 def test_choose_is_eq_8():
     rows = [dict(v_thr=v, ca=ca, target_rate=t, asr_p=p) for v, ca, t, p in
@@ -192,9 +176,8 @@ def test_deploy_looks_no_further_than_it_can_choose(tiny, monkeypatch):
     assert v_thr == 0.98 and [row["v_thr"] for row in rows] == [0.98, 0.97]
 
 
-def test_choices_never_see_the_test_set(tiny, tmp_path, monkeypatch):
+def test_choices_never_see_the_test_set(tiny, tmp_path):
     """Training, the choice of V_a and T_o come out the same whatever the test images are."""
-    monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
     other = replace(tiny.data, x_test=255 - tiny.data.x_test, y_test=tiny.data.y_test.flip(0))
     found = []
     for data, runs in ((tiny.data, tiny.s.runs), (other, tmp_path)):

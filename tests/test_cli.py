@@ -1,0 +1,147 @@
+"""The settings and the command line made from them: one run per command; bad input is one line, exit code 2, nothing
+written."""
+import io
+import json
+import os
+import shutil
+import sys
+from dataclasses import FrozenInstanceError, replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from common import LEARNS, ROOT, SMALL, TINY, refused, start
+
+import data
+from kit.sources import simulate_saccades, to_frames
+from lab import ablations, cli, report, scan, story, table2
+from settings import KNOBS, PRESETS, Settings, flag, preset
+
+
+def test_the_command_line_gives_the_same_as_preset(capsys):
+    own, s = cli.parse("attack --epochs 5 --v-thr-a 1.1 1.0 1.1 --flip --neuron plif --seed 7".split())
+    assert s == preset("digits", epochs=5, v_thr_a=(1.0, 1.1), flip=True, neuron="plif", seed=7)
+    assert own.command == "attack" and cli.parse(["attack"])[1] == preset("digits")
+    assert cli.parse(["defend", "--attacks", "blend"])[0].attacks == ["blend"]
+    assert cli.parse(["ablate", "--study", "power", "plif"])[0].study == ["power", "plif"]
+    assert set(KNOBS) == set(Settings.__dataclass_fields__) and all(map(all, KNOBS.values()))
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.parse([command, "--help"])
+        assert not stop.value.code and ("--results" in capsys.readouterr().out)
+
+
+def test_presets_and_settings():
+    assert all(preset(name).dataset == name for name in PRESETS) and len(PRESETS) == 6
+    s, learned = preset("gtsrb", v_thr_t=0.8), preset("digits", neuron="plif")
+    assert (s.model, s.tau_t, s.v_thr_t_low) == ("vgg16", 0.8, None) and preset("digits").v_thr_t_low == 1.15
+    assert isinstance(s.of()["v_thr_a"], list) and "device" not in s.of() and "epochs" not in s.of("network")
+    assert learned.tau_t is None and learned.of()["tau_a"] is None      # no label says a tau that was not used
+    with pytest.raises(FrozenInstanceError):
+        s.seed = 3
+    for wrong in (partial(replace, s, epochs=0), partial(replace, learned, neuron="lif"), partial(preset, "", e=3)):
+        with pytest.raises(ValueError):
+            wrong()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("atack", "invalid choice"), ("attack --nonsense", "unrecognized"), ("attack --dataset mnist", "unknown dataset"),
+    ("attack --dataset own.npz", "must be uint8"), ("attack --v-thr-a 1.0 -1", "--v-thr-a must"),
+    ("attack --q nan", "--q must"), ("attack --poison-ratio 0.0001", "selects none"), ("attack --T x", "invalid int"),
+    ("attack --target 10", "--target"), ("attack --n-train 99999", "only"), ("attack --v-thr-t-low 2", "at most"),
+    ("attack --model nmnist_net", "holds images"), ("attack --device meta", "not usable"),
+    ("attack --seed 12345678901234567890", "--seed must"), ("attack --neuron plif --tau-a 0.1", "which learns"),
+    ("attack --runs own.npz", "not a writable folder"), ("ablate --study everything", "invalid choice"),
+    ("ablate --study events", "events"), ("defend --attacks flashy", "badnets"), ("defend --n-test 2", "--n-test"),
+    ("attack --dataset events.npz --contrast 0.1", "for images"), ("report", "no attack.json"),
+    ("attack --variant ../up", "--variant")])
+def test_refuses(workplace, capsys, arguments, message):
+    x, y = np.full((8, 16, 16, 3), 9.0), np.arange(8) % 2
+    np.savez("own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    x = np.zeros((8, 4, 2, 34, 34), np.uint8)
+    np.savez("events.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    assert message in refused(capsys, *arguments.split())
+
+
+def test_attack_and_report(workplace, tiny, capsys):
+    """Every result carries what it was made with; the same command again reads it; the report draws it."""
+    learns = [word for name, value in LEARNS.items() for word in (flag(name), str(value))]
+    command = ["attack", *TINY, *learns, "--runs", str(tiny.s.runs), "--v-thr-a", "1.0", "1.5"]
+    cli.main(command)
+    path = Path("runs/results/digits/attack.json")
+    result, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    assert set("""dataset model width T n_train n_test epochs seed seeds device seconds target poison_ratio n_poison q
+        v_thr_t tau_t clean_ca base_ca chosen rows at_chosen spread runs""".split()) <= set(result)
+    assert [result[key] for key in ("n_train", "n_test", "width", "q", "n_poison")] == [300, 100, 4, 8.0, 2]
+    out = capsys.readouterr().out
+    assert out.count("finished earlier, read from") >= 4 and "target_rate" in out        # the tiny networks were there
+    shown = np.load("runs/results/digits/triggers.npz", allow_pickle=False)
+    assert shown["t_o"].shape == shown["clean"].shape == (len(shown["answers_t_o"]), 16, 16, 3)
+    cli.main(command)
+    assert path.stat().st_mtime_ns == written and "finished earlier (" in capsys.readouterr().out
+    cli.main(["report"])
+    assert path.with_suffix(".png").stat().st_size > 10_000 and not list(workplace.rglob("*.tmp"))
+
+
+def test_attack_on_ones_own_events(workplace):
+    """The clip alone changes nothing where frames are binary."""
+    digits = data.load("digits", "data")
+    images = digits.x_train[:80, 0].float().repeat_interleave(2, 1)[:, 2:30].repeat_interleave(2, 2)[..., 2:30] / 255
+    x, y = to_frames(simulate_saccades(images), 2), digits.y_train[:80].numpy()
+    np.savez("own.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+    command = ["attack", *TINY, "--dataset", "own.npz", "--n-train", "80", "--n-test", "40", "--poison-ratio", "0.5",
+               "--v-thr-a", "1.1", "--epochs", "1"]
+    for more, folder in ([], "own-own"), (["--frames", "binary"], "own-own-binary"):
+        cli.main(command + more)
+        result = json.loads(Path(f"runs/results/{folder}/attack.json").read_text())
+        row = result["rows"][0]
+        assert row["asr_o"] is None and 0 <= row["asr_p"] <= 100 and result["model"] == "nmnist_net"
+        assert result["beta"] == 0.03 and result["q"] is None
+    assert row["asr_clip_only"] == row["target_rate"]
+
+
+def test_story_defend_ablate_and_scan_write_what_is_computed(workplace, monkeypatch):
+    """The computations have tests of their own."""
+    computed = {name: Mock(return_value=dict(rows=[dict(ca=1.0)])) for name in ("story", "defend", "scan", "attack")}
+    for module, name in ((story, "story"), (table2, "defend"), (scan, "scan"), (cli.badsnn, "attack")):
+        monkeypatch.setattr(module, name, computed[name])
+    monkeypatch.setattr(ablations, "ablate", lambda data, s, names: {name: dict(rows=[dict(ca=1.0)]) for name in names})
+    for name in ("print_story", "print_scan"):
+        monkeypatch.setattr(report, name, Mock())
+    for command in ("story", "defend --attacks badsnn blend --defender-at S_n", "ablate --study power plif power",
+                    "scan --models 3"):
+        cli.main([*command.split(), *TINY])
+    assert computed["defend"].call_args.kwargs == dict(attacks=["badsnn", "blend"], defender_at="S_n")
+    assert computed["scan"].call_args.kwargs == dict(n_models=3) and computed["attack"].call_count == 1
+    for name in ("attack", "story", "defend", "power", "plif", "scan"):
+        result = json.loads(Path(f"runs/results/digits/{name}.json").read_text())
+        assert result["rows"] == [dict(ca=1.0)] and result["width"] == SMALL["width"] and result["seconds"] >= 0
+
+
+def test_stopped_and_printed_anywhere(workplace, monkeypatch, capsys):
+    """A terminal that lacks a letter ends nothing; Ctrl-C and lacking memory are one line; a bug is a traceback."""
+    raw, real = io.BytesIO(), sys.stdout
+    terminal = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    monkeypatch.setattr(report, "report", lambda *arguments: print("1 ± 2"))
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cli.main(["report"])
+    monkeypatch.setattr(sys, "stdout", real)
+    assert raw.getvalue() == b"1 ? 2\n"
+    for error, shown in ((KeyboardInterrupt(), SystemExit), (RuntimeError("CUDA out of memory"), SystemExit),
+                         (RuntimeError("shapes"), RuntimeError), (KeyError("x"), KeyError)):
+        monkeypatch.setattr(report, "report", Mock(side_effect=error))
+        with pytest.raises(shown):
+            cli.main(["report"])
+    assert capsys.readouterr().err == "badsnn: CUDA out of memory\n"
+
+
+def test_a_reader_who_leaves_ends_it_quietly(workplace):
+    """report | head -1"""
+    Path("runs/results/digits").mkdir(parents=True)
+    shutil.copy(ROOT / "results/digits/attack.json", "runs/results/digits")
+    reader, writer = os.pipe()
+    process = start(ROOT / "badsnn.py", "report", stdout=writer)
+    os.close(reader), os.close(writer)
+    assert process.communicate()[1] == "" and process.returncode == 0
