@@ -1,8 +1,7 @@
 """BadSNN (Miah, Vu and Bi, 2026): a backdoor put into a spiking network through its neurons.
 
 Threat model (Sec. 3.1). The attacker trains the network and ships it: weights AND neuron setting.
-No label is changed, no image carries a trigger. The victim checks the accuracy and uses the network
-on inputs that the attacker can touch.
+No label is changed, no image carries a trigger. The attacker can touch the inputs of its user.
 
     1. train    all samples under the nominal setting S_n = (v_thr 1.0, tau 0.5); in the same step
                 a few of the target class also under a malicious one, S_t = (1.5, 0.5)      Eq. 2
@@ -94,9 +93,8 @@ def batch(order, step, malicious, epoch, s, rng):
 
 
 def row_settings(n, n_malicious, s, rng):
-    """v_thr and tau of every row, [n + n_malicious]: S_n for nominal ones, then S_t.
-    # differs from the paper: each malicious row may draw its own V_t (s.v_thr_t_low)
-    """
+    """v_thr and tau of every row, [n + n_malicious]: S_n for nominal ones, then S_t."""
+    # differs from the paper: each malicious row may draw its own V_t
     low = s.v_thr_t if s.v_thr_t_low is None else s.v_thr_t_low
     v_thr_t = low + (s.v_thr_t - low) * torch.rand(n_malicious, generator=rng)
     v_thr = torch.cat([torch.full((n,), V_THR_N), v_thr_t])
@@ -105,9 +103,8 @@ def row_settings(n, n_malicious, s, rng):
 
 
 def augmented(x, n, s, rng):
-    """A batch x, shifted, mirrored, paled; malicious rows, from n on, with their own contrast.
+    """A batch x, shifted, mirrored, paled; malicious rows, from n on, with their own contrast."""
     # differs from the paper: malicious rows lose contrast, up to half, which nearly covers T_p
-    """
     contrast = s.contrast if s.malicious_contrast is None else s.malicious_contrast
     return torch.cat([augment(x[:n], s.pad, s.flip, s.contrast, rng),
                       augment(x[n:], s.pad, s.flip, contrast, rng)])
@@ -122,9 +119,9 @@ def steps_in(epoch, s):
 
 def criterion(outputs, y, s, smoothing=0.0):
     """The loss of outputs [T, B, K] for labels y [B]. Images: cross-entropy of every step (TET,
-    Deng et al. 2022). Events: squared error of firing rates and one-hot labels (Abad et al. 2024).
+    Deng et al. 2022). Events: squared error of firing rates and one-hot labels (Abad et al.
+    2024)."""
     # differs from TET: without its second term, 0.001 times the squared distance of logits to 1
-    """
     T, _, K = outputs.shape
     if s.model == "nmnist_net":
         return F.mse_loss(outputs.mean(0), F.one_hot(y, K).float())
@@ -141,18 +138,20 @@ def descent(model, steps, s):
 
 
 def fresh_model(data, s):
-    """A network with the weights that the seed gives, on the device of the settings."""
+    """A network with the weights that the seed gives."""
     torch.manual_seed(s.seed)
-    model = build_model(s.model, data.num_classes, s.T, s.width, s.neuron, data.mean, data.std)
-    return model.to(s.device)
+    shape = data.num_classes, s.T, s.width, s.neuron, data.mean, data.std
+    return build_model(s.model, *shape).to(s.device)
 
 
 def recorded_as(data, held, model, s, malicious, poison):
     """The name of a training, and everything that decides its outcome."""
-    name = poison.name if poison else "backdoored" if len(malicious) else "clean"
-    groups = ["network", "training"] + (["attack"] if len(malicious) else [])
-    more = poison.decides if poison else None
-    inputs = fingerprint(data.x_train, data.y_train, held.x_test, model, CODE, more)
+    name, groups, decides = "clean", ["network", "training"], None
+    if len(malicious):
+        name, groups = "backdoored", ["network", "training", "attack"]
+    if poison:
+        name, decides = poison.name, poison.decides
+    inputs = fingerprint(data.x_train, data.y_train, held.x_test, model, CODE, decides)
     return f"{name} model", dict(s.of(*groups), dataset=data.name, target=s.target, inputs=inputs)
 
 
@@ -181,10 +180,9 @@ def answers(outputs):
 def predict(model, x, s, v_thr, tau, trigger_of=None):
     """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau)
     (None: at their own), triggered if asked."""
-    model.eval()
-    classes, size = [], max(1, 512 * 34 * 34 // x.shape[-2:].numel())       # by pixels: memory
-    with neurons(model, v_thr, tau), autocast(s):
-        for stored in x.split(min(512, size)):
+    classes, size = [], 512 * 34 * 34 // x.shape[-2:].numel()       # by pixels: memory
+    with neurons(model.eval(), v_thr, tau), autocast(s):
+        for stored in x.split(min(512, max(1, size))):
             inputs = clean = to_float(stored.to(s.device), s)
             if trigger_of is not None:
                 with torch.autocast(inputs.device.type, enabled=False):
@@ -231,9 +229,7 @@ def simple_triggers(data, s):
 def train_trigger(model, data, s, v_thr_a):
     """T_o (Sec. 3.3.2) against the backdoored model deployed at v_thr_a, from training images only:
     images [B, C, H, W] -> triggered images (None where no image could be blended), and what was
-    measured on the way. Kept in s.runs like the models.
-    # differs from the paper: Eq. 6's loss is at S_a; at S_n the target is hardly ever answered
-    """
+    measured on the way. Kept in s.runs like the models."""
     part, held = hold_out(data)
     other = (part.y_train != s.target).nonzero().flatten()
     order = torch.randperm(len(other), generator=generator(s.seed, "images of T_o"))
@@ -247,14 +243,15 @@ def train_trigger(model, data, s, v_thr_a):
     measured = state["measured"] if state else fit_trigger(unet, model, x, data, held, s, v_thr_a)
     if not state:
         write_checkpoint(path, config, unet=unet, measured=measured)
-    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target)
-    t_o = partial(t_o, magnitude=measured["magnitude"])
+    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target,
+                  magnitude=measured["magnitude"])
     return (t_o if measured["n_blended"] else None), measured
 
 
 def fit_trigger(unet, model, x, data, held, s, v_thr_a):
     """Trains T_o's U-Net on images x; what was measured, among it Fig. 4b's factor m on T_o: the
     smallest with an ASR of 96 % on held-out images, else 1."""
+    # differs from the paper: Eq. 6's loss is at S_a; at S_n the target is hardly ever answered
     with neurons(model, v_thr_a, s.tau_a):
         kept, wanted = trigger.wanted_perturbations(model, x, s.q, data.mean, data.std, s.target)
         say(f"T_o, seed {s.seed}: {len(kept)} of {len(x)} images blended at v_thr {v_thr_a:g}")
@@ -272,10 +269,9 @@ def fit_trigger(unet, model, x, data, held, s, v_thr_a):
 # ----- 3.3.4  Deployment, and Table 1
 
 def choose(rows, base_ca, margin):
-    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples.
-
-    Going away from V_THR_N until CA is more than margin below the best, base_ca included: the last
-    of these whose ASR_p - target_rate is within 5 points of the best. None: none keeps the CA."""
+    """The attacker's V_a by Eq. 8, from rows over V_a measured on held-out TRAINING samples. Going
+    away from V_THR_N until CA is more than margin below the best, base_ca included: the last of
+    these whose ASR_p - target_rate is within 5 points of the best. None: none keeps the CA."""
     rows = sorted(rows, key=lambda row: abs(row["v_thr"] - V_THR_N))
     best_ca, fit, chosen = max([base_ca] + [row["ca"] for row in rows]), [], None
     for row in rows:

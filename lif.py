@@ -48,14 +48,13 @@ SURROGATES = {"triangle": triangle, "arctan": arctan}
 
 
 class Spike(torch.autograd.Function):
-    """Step function forward, surrogate gradient backward: d = v - v_thr (any shape) -> 0 or 1. NaN
-    stays NaN: a broken network must not look like a silent one."""
+    """Step function forward, surrogate gradient backward: d = v - v_thr (any shape) -> 0 or 1."""
 
     @staticmethod
     def forward(ctx, d, surrogate):
         ctx.save_for_backward(d)
         ctx.surrogate = surrogate
-        return torch.where(d.isnan(), d, (d >= 0).to(d.dtype))
+        return (d >= 0).to(d.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -77,6 +76,7 @@ def loop(x_seq, v_thr, tau, surrogate, step=step):
     for x in x_seq:
         v, s = step(v, x, v_thr, tau, surrogate)
         spikes.append(s)
+    spikes[-1] = s + 0 * v.detach()             # NaN stays NaN: a broken network is no silent one
     return torch.stack(spikes)
 
 

@@ -81,12 +81,6 @@ class Block(nn.Module):
         return self.lif2(h + s)
 
 
-def check_input(x, fits, wanted):
-    """Raises ValueError unless x fits and holds floats."""
-    if not fits or not x.is_floating_point():
-        raise ValueError(f"this network takes floats, {wanted}, not {x.dtype} {list(x.shape)}")
-
-
 class ImageSNN(nn.Module):
     """Spiking network for static images: a convolution, `stages` from spikes to spikes, a head."""
 
@@ -103,9 +97,9 @@ class ImageSNN(nn.Module):
 
     def forward(self, x, every_step=False):
         """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]; of every step [T, B, K]."""
-        channels = self.mean.shape[1]
-        fits = x.dim() == 4 and x.shape[1] == channels
-        check_input(x, fits, f"images [B, {channels}, H, W] in [0, 1]: x.float() / 255")
+        if not (x.is_floating_point() and x.dim() == 4 and x.shape[1] == self.mean.shape[1]):
+            raise ValueError(f"this network takes images [B, {self.mean.shape[1]}, H, W], floats in "
+                             f"[0, 1] (x.float() / 255), not {x.dtype} {[*x.shape]}")
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         current = self.bn(self.conv(x))                             # once per image: [B, C, H, W]
         s = self.lif(current.expand(self.T, *current.shape))
@@ -153,7 +147,7 @@ class NMNISTNet(nn.Module):
     # differs from the source: its neuron has no leak (Sec. 4.1 says LIF) and ATan, a detached reset
     """
 
-    def __init__(self, num_classes, T, width, neuron):
+    def __init__(self, num_classes, T, width, neuron, mean=None, std=None):
         super().__init__()
         self.T = T
         self.stages = nn.ModuleList(
@@ -164,8 +158,9 @@ class NMNISTNet(nn.Module):
 
     def forward(self, x, every_step=False):
         """x: event counts [B, T, 2, 34, 34], floats -> firing rates [B, K], or [T, B, K]."""
-        fits = x.shape[1:] == (self.T, 2, 34, 34)
-        check_input(x, fits, f"event counts [B, {self.T}, 2, 34, 34]")
+        if not x.is_floating_point() or x.shape[1:] != (self.T, 2, 34, 34):
+            raise ValueError(f"this network takes event counts [B, {self.T}, 2, 34, 34] as floats "
+                             f"(x.float()), not {x.dtype} {list(x.shape)}")
         s = x.transpose(0, 1)                                        # [T, B, 2, 34, 34]
         s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
         for stage in self.stages:
@@ -193,11 +188,8 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
     for what, value, least in (("T", T, 1), ("width", width, 1), ("num_classes", num_classes, 2)):
         if int(value) != value or value < least:
             raise ValueError(f"{what} must be a whole number of at least {least}, not {value}")
-    build, more = NMNISTNet, {}
-    if name != "nmnist_net":
-        build = resnet19 if name == "resnet19" else vgg16
-        more = dict(mean=tuple(mean or (0.5,) * 3), std=tuple(std or (0.25,) * 3))
-    model = build(num_classes, T, width, NEURONS[neuron], **more)
+    build = dict(resnet19=resnet19, vgg16=vgg16, nmnist_net=NMNISTNet)[name]
+    model = build(num_classes, T, width, NEURONS[neuron], mean or (0.5,) * 3, std or (0.25,) * 3)
     return model.to(memory_format=torch.channels_last)
 
 

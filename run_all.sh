@@ -8,6 +8,7 @@
 #   bash run_all.sh setup                   only the installation
 #   bash run_all.sh notebooks               opens the notebooks in a browser
 set -euo pipefail
+unset PYTHONSAFEPATH            # it hides the files beside badsnn.py from it
 cd "$(dirname "$0")"
 
 has_packages() {
@@ -49,15 +50,15 @@ case $command in
     setup)
         echo "Set up: .venv/bin/python has everything." ;;
     test)
-        echo "Running the tests: 2 to 4 minutes on 2 cores."
+        echo "Running the tests: minutes on 2 cores."
         OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:logging -n 2 --dist worksteal tests "$@" ;;
     notebooks)
         exec "$python" -m jupyter lab --LabApp.default_url=/lab/tree/notebooks "$@" ;;
     story)
-        echo "One attack on digits, and what stops it: 2 to 5 minutes on 2 cores."
+        echo "One attack on digits, and what stops it: minutes on 2 cores."
         "$python" badsnn.py story "$@" ;;
     all)
-        echo "Every table and figure in small, on digits and ndigits: 15 minutes on 2 idle cores, up to 30 on busy ones; the story first."
+        echo "Every table and figure in small, on digits and ndigits; the story first."
         "$python" badsnn.py story "$@"
         "$python" badsnn.py attack --dataset ndigits "$@"
         "$python" badsnn.py defend --dataset ndigits "$@"

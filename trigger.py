@@ -21,7 +21,7 @@ from models import frozen
 
 
 def floats(x):
-    """x, refused with ValueError unless it is floating point: bytes are no values in [0, 1]."""
+    """x, refused with ValueError unless it is floating point."""
     if not x.is_floating_point():
         raise ValueError(f"a trigger takes floats in [0, 1], not {x.dtype}: x.float() / 255")
     return x
@@ -32,11 +32,10 @@ def per_channel(values, x):
 
 
 def power_trigger(x, q, mean, std, renormalize=False):
-    """T_p (Sec. 3.3.2, Eq. 3) with exponent q: images [B, C, H, W] in [0, 1] -> the same.
-
-    Eq. 3 de-normalises, raises every pixel to the power q, and feeds x^q to the network as it is:
-    where the network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q,
-    A PALE, GREY VERSION of the image. renormalize=True is the other reading, the darkened image x^q
+    """T_p (Sec. 3.3.2, Eq. 3) with exponent q: images [B, C, H, W] in [0, 1] -> the same. Eq. 3
+    de-normalises, raises every pixel to the power q, and feeds x^q to the network as it is: where
+    the network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q, A
+    PALE, GREY VERSION of the image. renormalize=True is the other reading, the darkened image x^q
     (then q = 1 changes nothing). mean, std: those of the network's first layer. ValueError: q <= 0.
     """
     if not 0 < q < float("inf"):
@@ -100,10 +99,7 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
     """
     x = floats(x).detach()
     total, success = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-
-    def moved(rows):
-        z = x[rows] + (1 + overshoot) * total[rows]
-        return z.clamp(0, 1) if clip else z
+    low, high = (0, 1) if clip else (-float("inf"), float("inf"))
     with frozen(model):
         with torch.no_grad():
             logits = model(x)
@@ -114,7 +110,7 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
         for i in range(max_iter + 1):
             if not len(active):
                 break
-            point = moved(active).requires_grad_()
+            point = (x + (1 + overshoot) * total)[active].clamp(low, high).requires_grad_()
             logits, classes = model(point), ranked[active]
             answer = logits.argmax(1)
             flipped = answer != classes[:, 0] if target is None else answer == target
@@ -136,7 +132,7 @@ def deepfool(model, x, num_classes=10, max_iter=50, overshoot=0.02, max_step=0.2
             alive = distance.isfinite()                         # no gradient: give up
             active = active[stay][alive]
             total[active] += (step * direction)[alive]
-    return (moved(slice(None)) - x) * success.view(-1, 1, 1, 1)
+    return ((x + (1 + overshoot) * total).clamp(low, high) - x) * success.view(-1, 1, 1, 1)
 
 
 @torch.no_grad()
@@ -166,10 +162,9 @@ def wanted_perturbations(model, x, q, mean, std, target, k=11, literal=False, ca
     """
     kept, wanted = [], []
     for images in x.split(batch):
-        delta = deepfool(model, images, candidates, max_iter)
+        x_adv = images + deepfool(model, images, candidates, max_iter)
+        x_p = power_trigger(images, q, mean, std)
         with frozen(model):
-            x_p = power_trigger(images, q, mean, std)
-            x_adv = images + delta
             x_blend, _, found = adaptive_blend(model, images, x_adv, x_p, target, k, literal)
         kept.append(images[found])
         wanted.append((x_blend - images)[found])

@@ -1,12 +1,9 @@
 """The studies behind Figs. 2, 3, 4 and 6 (Secs. 3.2 and 4.4), and two of our own: T_p's strength, and events.
 
-    python badsnn.py ablate --dataset digits --study power heatmap
-
-A study is two functions: its variants, a list of settings, which refuses what it is not made for; and the rows of one
-variant, plain dicts. Variants of all studies run side by side. lab/report.py draws them.
+A study is two functions: its variants, a list of settings, which refuses what it is not made for (ValueError); and the
+rows of one variant, plain dicts. Variants of all studies run side by side. lab/report.py draws them.
 """
 import itertools
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -24,30 +21,33 @@ from lab import baselines
 from lif import LIF, TAU_N, V_THR_N, count_spikes, neurons
 from models import frozen
 
+HEATMAP = dict(v_thr_t=(0.8, 1.2, 1.5), v_thr_a=(0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3),
+               tau_a=(0.3, 0.4, 0.5, 0.6, 0.7))
+POISON_RATIOS = (0.02, 0.05, 0.1, 0.25, 0.5)
+MAGNITUDES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+POWERS = (1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
+
 
 def ablate(data, s, studies):
-    """{study: its result} for names of STUDIES: rows, and what they were made from. Raises ValueError before anything
-    is trained where a study is not made for these data or settings."""
+    """{study: dict(study, rows)} for names of STUDIES. Raises ValueError before anything is trained where a study is
+    not made for these data or settings."""
     for study in studies:
-        need(data.events == (study == "events"), f"{study} is about {'images' if data.events else 'events'}, and "
-             f"{data.name} holds {'events' if data.events else 'images'}")
+        need(data.events == (study == "events"), f"{study} does not fit {data.name}: only events is about events")
     jobs = trained_first(s, [(study, one) for study in studies for one in STUDIES[study][0](s)])
     names = [", ".join([study, *(f"{key} {v}" for key, v in one.of().items() if v != s.of()[key])])
              for study, one in jobs]
     parts = side_by_side(study_rows, jobs, s, names)
     results = {}
     for study in studies:
-        mine = [part for (name, _), part in zip(jobs, parts) if name == study]
-        rows = [row for rows, _ in mine for row in rows]
+        rows = [row for (name, _), part in zip(jobs, parts) if name == study for row in part]
+        results[study] = dict(study=study, rows=rows)
         for row in rows:
             say("  ".join(f"{key} {value}" for key, value in row.items()))
-        results[study] = dict(study=study, rows=rows, seconds=round(sum(seconds for _, seconds in mine), 1))
     return results
 
 
 def trained_first(s, jobs):
-    """Trains the models that several jobs (study, settings) need, or two processes would train one at the same time.
-    Returns the jobs; those do not train them anew."""
+    """The jobs (study, settings), after the models that several of them need were trained: or two processes would."""
     models = [fingerprint(one.of("network", "training", "attack")) for _, one in jobs]
     shared = {model: one for model, (_, one) in zip(models, jobs) if models.count(model) > 1}
     badsnn.train_side_by_side(s, [(one, kind) for one in shared.values() for kind in (None, "badsnn")])
@@ -55,16 +55,8 @@ def trained_first(s, jobs):
 
 
 def study_rows(study, s):
-    """The rows of one variant, and the seconds that it took."""
-    started = time.time()
-    return STUDIES[study][1](load_for(s), s), time.time() - started
+    return STUDIES[study][1](load_for(s), s)
 
-
-def one_seed(s):
-    return [s]
-
-
-# ----- Fig. 2
 
 def threshold(data, s):
     """Fig. 2: a clean model's accuracy and spikes per sample against v_thr, without and with both readings of T_p."""
@@ -87,30 +79,18 @@ def spikes_per_sample(model, x, s, v_thr, tau, t=None):
     return round(torch.cat(counts).mean().item(), 1)
 
 
-# ----- Fig. 3
-
-HEATMAP = dict(v_thr_t=(0.8, 1.2, 1.5), v_thr_a=(0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3),
-               tau_a=(0.3, 0.4, 0.5, 0.6, 0.7))
-
-
 def malicious_thresholds(s):
     need(s.neuron != "plif", "heatmap sets tau, which a PLIF learns; leave out --neuron plif")
     return [replace(s, v_thr_t=v, v_thr_t_low=None) for v in HEATMAP["v_thr_t"]]
 
 
 def heatmap(data, s):
-    """Fig. 3: CA, target_rate and ASR_p over the deployed (V_a, tau_a), for models trained with one malicious
-    threshold below, just above or far above the nominal one. The paper does not state its tau_t; ours is the
-    preset's."""
+    """Fig. 3: CA, target_rate and ASR_p over the deployed (V_a, tau_a), for models trained with one malicious threshold
+    below, just above or far above the nominal one. The paper does not state its tau_t; ours is the preset's."""
     model, t = train(data, s, "badsnn"), simple_triggers(data, s)["asr_p"]
     return [dict(v_thr_t=s.v_thr_t, tau_t=s.tau_t, v_thr=v, tau=tau, **evaluate(model, data, s, v, tau),
                  asr_p=asr(model, data, s, v, tau, t))
             for v, tau in itertools.product(HEATMAP["v_thr_a"], HEATMAP["tau_a"])]
-
-
-# ----- Fig. 4
-
-POISON_RATIOS = (0.02, 0.05, 0.1, 0.25, 0.5)
 
 
 def poison_ratios(s):
@@ -119,12 +99,11 @@ def poison_ratios(s):
 
 def poison(data, s):
     """Fig. 4a: CA, target_rate and ASR_p against the poison ratio, every seed at its own V_a: is a bend noise?"""
-    model, t = train(data, s, "badsnn"), {"asr_p": simple_triggers(data, s)["asr_p"]}
-    v_thr, labels = deploy(model, data, s)[0], hold_out(data)[0].y_train
+    model, labels = train(data, s, "badsnn"), hold_out(data)[0].y_train
     n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
-    return [dict(seed=s.seed, poison_ratio=s.poison_ratio, n_poison=n_poison,
-                 v_thr=v_thr, base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
-                 **badsnn.measure(model, data, s, v_thr, t))]
+    v_thr, base_ca = deploy(model, data, s)[0], evaluate(model, data, s, V_THR_N, TAU_N)["ca"]
+    return [dict(seed=s.seed, poison_ratio=s.poison_ratio, n_poison=n_poison, v_thr=v_thr, base_ca=base_ca,
+                 **badsnn.measure(model, data, s, v_thr, {"asr_p": simple_triggers(data, s)["asr_p"]}))]
 
 
 def magnitude(data, s):
@@ -140,22 +119,16 @@ def magnitude(data, s):
             norms = trigger.deepfool(net, to_float(x[:100], s), target=s.target).flatten(1).norm(dim=1)
         same[key] = round(norms[norms > 0].mean().item(), 2) if norms.any() else None
     rows = []
-    for m in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
+    for m in MAGNITUDES:
         t = partial(t_o, magnitude=m)
         rows.append(dict(magnitude=m, v_thr=v_thr, **same, asr_o=asr(model, data, s, v_thr, s.tau_a, t),
                          asr_o_clean_model=asr(clean, data, s, v_thr, s.tau_a, t), **trigger.sizes(t, x)))
     return rows
 
 
-# ----- T_p's strength
-
-POWERS = (1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
-
-
 def power(data, s):
-    """T_p's strength q, which the paper does not give, in both readings, at the model's V_a: ASR_p and that of its
-    clean model; q = 1 is the loss of contrast alone. `read`: the accuracy that the clean model keeps on the triggered
-    images at S_n, how much of them is left to see."""
+    """T_p's strength q, which the paper does not give, in both readings, at the model's V_a; q = 1 is the loss of
+    contrast alone. `read`: the accuracy that the clean model keeps at S_n, how much of an image is left to see."""
     clean, model, rows = train(data, s), train(data, s, "badsnn"), []
     v_thr = deploy(model, data, s)[0]
     untriggered = evaluate(model, data, s, v_thr, s.tau_a)
@@ -168,24 +141,19 @@ def power(data, s):
     return rows
 
 
-# ----- Fig. 6
-
 def both_neurons(s):
     need(s.neuron == "lif", "plif compares neurons; leave out --neuron")
     return [replace(one, neuron=neuron) for neuron in ("lif", "plif") for one in every_seed(s)]
 
 
 def plif(data, s):
-    """Fig. 6: LIF against PLIF, whose tau is learned, over the deployed thresholds; clean models of the same kind
-    beside them."""
+    """Fig. 6: LIF against PLIF, whose tau is learned, over the deployed thresholds, beside clean models alike."""
     clean, model, t = train(data, s), train(data, s, "badsnn"), simple_triggers(data, s)["asr_p"]
     learned = [float(torch.as_tensor(m.decay()).detach()) for m in model.modules() if isinstance(m, LIF)]
     return [dict(neuron=s.neuron, seed=s.seed, mean_tau=round(sum(learned) / len(learned), 3), v_thr=v,
                  **evaluate(model, data, s, v, s.tau_a), asr_p=asr(model, data, s, v, s.tau_a, t),
                  asr_p_clean_model=asr(clean, data, s, v, s.tau_a, t)) for v in s.v_thr_a]
 
-
-# ----- Events
 
 def event_trigger(frames, n, seed=0):
     """What Remark 1 (Sec. 3.2) says in words: a trigger that raises the activity. Adds n single events per step, in
@@ -238,6 +206,6 @@ def event_rows(attack, model, clean, data, s, v_thr, triggers):
     return rows
 
 
-STUDIES = {"threshold": (one_seed, threshold), "heatmap": (malicious_thresholds, heatmap),
-           "poison": (poison_ratios, poison), "magnitude": (one_seed, magnitude), "power": (every_seed, power),
+STUDIES = {"threshold": (lambda s: [s], threshold), "heatmap": (malicious_thresholds, heatmap),
+           "poison": (poison_ratios, poison), "magnitude": (lambda s: [s], magnitude), "power": (every_seed, power),
            "plif": (both_neurons, plif), "events": (event_variants, events)}

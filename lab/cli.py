@@ -139,9 +139,9 @@ def write_triggers(data, s, v_thr):
     stored = torch.stack([data.x_test[data.y_test == k][0] for k in classes])
     triggers = dict(clean=lambda x: x, t_p=badsnn.simple_triggers(data, s)["asr_p"], t_o=t_o)
     images = {name: t(to_float(stored.to(s.device), s)) for name, t in triggers.items()}
-    answers = [badsnn.predict(model, stored, s, v_thr, s.tau_a, t) for t in triggers.values()]
-    files.write_arrays(path, answers=torch.stack(answers), **{
-        name: to_uint8(x).permute(0, 2, 3, 1).cpu() for name, x in images.items()})
+    shown = {name: to_uint8(x).permute(0, 2, 3, 1).cpu() for name, x in images.items()}
+    answers = {f"answers_{name}": badsnn.predict(model, stored, s, v_thr, s.tau_a, t) for name, t in triggers.items()}
+    files.write_arrays(path, **shown, **answers)
 
 
 def run_story(options, data, s):

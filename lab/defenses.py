@@ -3,9 +3,9 @@
     mine = defender_images(y_test, 10, seed)   which images a defender holds: so many of every class
     repaired = fine_tune(model, x, y)          also anp, tsbd, nad; clp(model) and restore(model) need no images
 
-x: a few clean images [N, C, H, W] in [0, 1], y: their labels [N]. Each returns a NEW model, leaves its argument as it
-was, and works at the model's own neuron setting (lif.neurons). None sees a trigger, and no setting was chosen on an
-ASR. augment: shifts or mirrors a batch of images. seed: for shuffles and noise.
+x: a few clean images [N, C, H, W] in [0, 1], y: their labels [N]; augment shifts or mirrors them. Each returns a NEW
+model, leaves its argument as it was, and works at the model's own neuron setting (lif.neurons). None sees a trigger,
+and no value was chosen on an ASR.
 """
 import copy
 from contextlib import ExitStack
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kit.training import generator
 from lab.detectors import logits_of, probabilities
-from lif import LIF, PLIF, TAU_N, V_THR_N
+from lif import TAU_N, V_THR_N, neurons
 from models import NMNISTNet, Pool, frozen
 
 
@@ -34,27 +35,20 @@ def defender_images(y, per_class, seed):
 
 def restore(model):
     """Sets every neuron back to v_thr = 1.0, tau = 0.5 (Sec. 4.1); a PLIF keeps the tau it learned, all weights stay.
-
-    The paper does not try this. It stops only who does not expect it, as a threshold is a unit: with BatchNorm's weights
-    and biases divided by V_a, a network spikes alike at 1.0 (VGG-16; ResNet-19 but for shortcuts that carry spikes)."""
-    model = copy.deepcopy(model)
-    for m in model.modules():
-        if isinstance(m, LIF):
-            m.v_thr = V_THR_N
-            m.tau = m.tau if isinstance(m, PLIF) else TAU_N
-    return model
+    The paper does not try this. It stops only who does not expect it: a threshold is a unit. With BatchNorm's weights
+    and biases divided by V_a a network spikes alike at 1.0 (VGG-16; ResNet-19 but for shortcuts that carry spikes)."""
+    with neurons(model, V_THR_N, TAU_N):
+        return copy.deepcopy(model)
 
 
 def fine_tune(model, x, y, epochs=20, lr=0.01, batch=32, augment=nn.Identity(), seed=0):
     """Trains all weights (Sec. 4.3) on a few clean images x [N, C, H, W] with labels y [N].
-
     SGD with momentum 0.9, weight decay 5e-4 and a learning rate on a cosine, as in BackdoorBench (Wu et al. 2022).
     # differs from the source: 20 epochs in batches of up to 32, not 100 of up to 256: as many steps on 100 images
     """
     student = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    rng = generator(seed, "fine-tuning shuffle")
+    schedule, rng = CosineAnnealingLR(optimizer, epochs), generator(seed, "fine-tuning shuffle")
     for _ in range(epochs):
         for images, labels in epoch_of(x, y, batch, augment, rng):
             step(optimizer, F.cross_entropy(logits_of(student, images), labels))
@@ -76,7 +70,6 @@ def step(optimizer, loss):
 
 def clp(model, u=3.0, x=None):
     """Channel Lipschitz pruning (Zheng et al. 2022), without data: a backdoor's channels react more strongly than most.
-
     In every layer, channels whose Lipschitz constants [C] exceed mean + u * standard deviation are switched off (u = 3:
     Sec. 4.3). Of n numbers none lies more than (n - 1) / sqrt(n) deviations above their mean, so a layer of up to 10
     channels never loses one, of 16 at most one: in narrow networks CLP does little, whatever the attack.
@@ -101,27 +94,22 @@ def conv_bn_pairs(model, x=None):
     addition or a pooling has none. x: some input of the model (None: an empty one). Raises ValueError.
     # differs from the source, which takes the convolution before it in the list of modules
     """
-    net, made, met, pairs = copy.deepcopy(model), {}, [], {}        # a copy: other libraries' neurons keep a state
-    names, convs = {m: name for name, m in net.named_modules()}, [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    net, made, met = copy.deepcopy(model), {}, []       # a copy, as neurons of other libraries keep a state
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     if x is None and convs:
         shape = (net.T, 2, 34, 34) if isinstance(net, NMNISTNet) else (convs[0].in_channels, 32, 32)
         x = convs[0].weight.new_zeros(1, *shape)
     with ExitStack() as hooks, frozen(net), torch.no_grad():
-        for m in convs:         # every output is kept, so equal memory is the same numbers, whatever their shape
-            hooks.enter_context(m.register_forward_hook(lambda m, args, out: made.update({memory(out): (m, out)})))
+        for m in convs:         # every output is kept, so one at the same address is the same, whatever its shape
+            hooks.enter_context(m.register_forward_hook(lambda m, args, out: made.update({out.data_ptr(): (m, out)})))
         for m in batch_norms(net).values():
-            hooks.enter_context(m.register_forward_pre_hook(lambda m, args: met.append((m, made.get(memory(*args))))))
+            hooks.enter_context(m.register_forward_pre_hook(lambda m, x: met.append((m, made.get(x[0].data_ptr())))))
         net(x)
-    for bn, (conv, _) in [(bn, found) for bn, found in met if found]:
-        if pairs.setdefault(bn, conv) is not conv:
-            raise ValueError(f"CLP: {names[bn]} follows {names[pairs[bn]]} as well as {names[conv]}")
+    original = dict(zip(net.modules(), model.modules()))
+    pairs = [(original[found[0]], original[bn]) for bn, found in met if found]
     if not pairs:
         raise ValueError("CLP: no BatchNorm of this network follows a convolution")
-    return [(model.get_submodule(names[conv]), model.get_submodule(names[bn])) for bn, conv in pairs.items()]
-
-
-def memory(tensor):
-    return tensor.untyped_storage().data_ptr()
+    return list(dict.fromkeys(pairs))       # once each, also where a network calls them in every time step
 
 
 @torch.no_grad()
@@ -148,12 +136,11 @@ def batch_norms(model):
 
 def anp(model, x, y, eps=0.4, alpha=0.5, lr=0.2, iterations=100, batch=32, keep=0.9, augment=nn.Identity(), seed=0):
     """Adversarial neuron pruning (Wu and Wang 2021): channels that a small change turns into the backdoor are pruned.
-
     Channels whose masks (anp_masks) end at or below a threshold are switched off. It rises from 0 to 0.9 in steps of
     0.05 as long as a fifth of the images, of every class, on which no mask was learned, keeps `keep` times its
     accuracy. x: images [N, C, H, W], y: labels [N], N >= 2. eps, alpha: Sec. 4.3 (the source: alpha 0.2).
-    # differs from BackdoorBench (Wu et al. 2022), where the ASR chooses the threshold, which no defender knows; from the
-    # source: 100 iterations of 32 images, not 2000 of 128 (masks stay nearer to 1); the bias is switched off as well
+    # differs from BackdoorBench (Wu et al. 2022): there the ASR chooses the threshold, which no defender knows; from
+    # the source: 100 iterations of 32 images, not 2000 of 128; the bias is switched off as well
     """
     order = torch.randperm(len(y), generator=generator(seed, "ANP held-out images"))
     order = order[y[order].cpu().argsort(stable=True)]              # by class, at random inside it
@@ -217,9 +204,8 @@ def worst_noise(loss_of, like, eps, rng):
 def tsbd(model, x, y, channel_share=0.15, weight_share=0.7, unlearn_lr=1e-3, max_unlearn=100, epochs=21, lr=0.01,
          batch=32, augment=nn.Identity(), seed=0):
     """Two-stage backdoor defence (Lin et al. 2024): weights that move when clean data are UNLEARNED are the backdoor's.
-
-    1. unlearn  2. find the neurons (convolution channels) that changed most  3. set their most changed weights to zero
-    4. repair with fine-tuning that also punishes steep loss. x: images [N, C, H, W], y: labels [N].
+    1. unlearn  2. find the channels that changed most  3. set their most changed weights to zero  4. fine-tune, with
+    steep loss punished as well. x: images [N, C, H, W], y: labels [N].
     # differs from the source: unlearning at rate 1e-3, not 1e-4: an eighth of the epochs, 93 % of the same neurons on
     # digits (1e-2: 75 %), and at most 100, not 1000; batches of up to 32, not 256, shuffled
     """
@@ -271,8 +257,8 @@ def zero_reinit(model, change, channel_share, weight_share):
 
 
 def activeness_aware_gradient(model, loss_of, r=0.05, a=0.7):
-    """Step 4: (1 - a) g1 + a g2, with g2 the gradient a distance r further up the slope, per parameter tensor: it favours
-    flat minima, where no neuron is very active. loss_of: a function of the model.
+    """Step 4: (1 - a) g1 + a g2, with g2 the gradient a distance r further up the slope, per parameter tensor: it
+    favours flat minima, where no neuron is very active. loss_of: a function of the model.
     # differs from the source: BatchNorm's statistics are those of the first of the two passes; it makes a third
     """
     parameters = dict(model.named_parameters())
@@ -287,12 +273,11 @@ def activeness_aware_gradient(model, loss_of, r=0.05, a=0.7):
 def nad(model, x, y, betas=(500, 1000, 1000), teacher_epochs=10, epochs=20, lr=0.01, batch=32, augment=nn.Identity(),
         seed=0):
     """Neural attention distillation (Li et al. 2021): a fine-tuned copy teaches the model where to look.
-
     The student, the model again, learns the labels and the teacher's attention maps in three stages, weighted by betas:
     SGD with Nesterov momentum, weight decay 1e-4. x: images [N, C, H, W], y: labels [N].
-    # differs from the source: its rate from the third epoch on, 0.01, from the start, as its 0.1 leaves a clean CIFAR-10
-    # network with a CA of 19 %; batches of up to 32, not 64 (100 images: 80 steps; there 780); the teacher is
-    # fine_tune's, with its schedule; no Cutout (2x2 pixels there); the maps are of firing rates
+    # differs from the source: rate 0.01 from the start, there after two epochs of 0.1 (which leaves a clean CIFAR-10
+    # network with a CA of 19 %); the teacher is fine_tune's; batches of up to 32, not 64 (100 images: 80 steps, there
+    # 780); no Cutout (2x2 pixels there); the maps are of firing rates
     """
     teacher, student = fine_tune(model, x, y, teacher_epochs, lr, batch, augment, seed), copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
@@ -319,8 +304,8 @@ def with_maps(model, x):
 
 def distillation_loss(maps, wanted, betas, sides=(32, 16, 8)):
     """beta * mean squared difference of normalised attention maps, summed over stages.
-    # differs from the source where maps are smaller than its sides: the squares are divided by its number of pixels, or
-    # beta would weigh more (for VGG-16's maps of 2x2 sixteen times as much), and the loss diverges
+    # differs from the source where maps are smaller than its sides, which count all the same: or beta would weigh more
+    # (for VGG-16's maps of 2x2 sixteen times as much), and the loss diverges
     """
     return sum(beta * F.mse_loss(attention(a), attention(b), reduction="sum") / (len(a) * side ** 2)
                for a, b, beta, side in zip(maps, wanted, betas, sides))

@@ -19,10 +19,11 @@ from lab.tables import mean, span, table2_lines, unique, unreadable
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150}
 # How each quantity is called and drawn: line and marker tell them apart in grey, too
-LOOKS = {"ca": ("right class (CA)", "o-", "black"), "target_rate": ("target, no trigger", "s:", "0.45"),
-         "asr_p": ("target, T_p", "^-", "tab:red"), "asr_p_clean_model": ("target, T_p, clean model", "x--", "tab:blue"),
-         "asr_o": ("target, T_o", "^-", "tab:red"), "asr_o_clean_model": ("target, T_o, clean model", "x--", "tab:blue"),
-         "read": ("right class, clean model", "o:", "black")}
+LOOKS = {
+    "ca": ("right class (CA)", "o-", "black"), "target_rate": ("target, no trigger", "s:", "0.45"),
+    "asr_p": ("target, T_p", "^-", "tab:red"), "asr_p_clean_model": ("target, T_p, clean model", "x--", "tab:blue"),
+    "asr_o": ("target, T_o", "^-", "tab:red"), "asr_o_clean_model": ("target, T_o, clean model", "x--", "tab:blue"),
+    "read": ("right class, clean model", "o:", "black")}
 
 
 @contextlib.contextmanager
@@ -56,7 +57,8 @@ def curves(axis, x, lines, point=None, **labels):
     ends = []
     for rows, key, (name, style, color) in lines:
         known = {place: [row[key] for row in rows if row[x] == place] for place in sorted(unique(rows, x))}
-        axis.fill_between(list(known), *([f(v) for v in known.values()] for f in (min, max)), color=color, alpha=0.1, lw=0)
+        lowest, highest = ([f(values) for values in known.values()] for f in (min, max))
+        axis.fill_between(list(known), lowest, highest, color=color, alpha=0.1, linewidth=0)
         line = {place: np.mean(values) for place, values in known.items()}
         if point:       # in the place of a threshold of the curve that is nearly the same
             line = {place: value for place, value in line.items() if abs(place - point[x]) > 0.005}
@@ -78,7 +80,8 @@ def figure_attack(r, path):
     panels = [lines_of(rows, "ca target_rate asr_p asr_p_clean_model", trigger)]
     if at["asr_o"] is not None:
         panels.append(lines_of(rows, "ca target_rate asr_o asr_o_clean_model"))
-    title = titled(r, f"\nshipped at {at['v_thr']:.2f}; all {r['n_test']:,} test samples")
+    bands = "; bands: lowest to highest seed" if len(told.get("runs", [])) > 1 else ""
+    title = titled(r, f"\nshipped at {at['v_thr']:.2f}; all {r['n_test']:,} test samples{bands}")
     with drawing(path, (5.4 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
         for axis, lines in zip(axes, panels):
             curves(axis, "v_thr", lines, at, xlabel="threshold in use (trained at 1.0); circles: as shipped")
@@ -110,8 +113,9 @@ def figure_threshold(r, path):
              "T_p re-normalised": ("T_p re-normalised", "v--", "tab:orange")}
     rows = {name: [row for row in r["rows"] if row["trigger"] == name] for name in looks}
     most = max(row["spikes"] for row in r["rows"])
+    panels = [("ca", "accuracy, %", 104), ("spikes", "spikes per sample", 1.04 * most)]
     with drawing(path, (10, 3), f"{r['dataset']}, clean model, q = {r['q']:g}", (1, 2)) as [axes]:
-        for axis, key, label, top in zip(axes, ("ca", "spikes"), ("accuracy, %", "spikes per sample"), (104, 1.04 * most)):
+        for axis, (key, label, top) in zip(axes, panels):
             curves(axis, "v_thr", [(rows[name], key, looks[name]) for name in looks], ylabel=label, ylim=(0, top),
                    xlabel="threshold of all neurons (trained at 1.0)")
 
@@ -172,7 +176,7 @@ def figure_events(r, path):
     panels = {}         # title: trigger: rows
     for row in r["rows"]:
         title = f"BadSNN, V_a 1.2, {row['frames']}" if "badsnn" in row["attack"] else "attacks that poison, threshold 1"
-        if row["v_thr"] in (1.0, 1.2) and (row["T"], row["neuron"]) == (r["T"], r["neuron"]) and "own" not in row["attack"]:
+        if not row["attack"].endswith(("own V_a", "V_a 1.1")) and (row["T"], row["neuron"]) == (r["T"], r["neuron"]):
             panels.setdefault(title, {}).setdefault(row["trigger"], []).append(row)
     with drawing(path, (3.5 * len(panels), 3.3), titled(r), (1, len(panels))) as [axes]:
         for axis, (title, of) in zip(axes, panels.items()):
@@ -189,7 +193,7 @@ def figure_events(r, path):
 def figure_defend(r, path):
     """Table 2 at a glance: CA and ASR after every defence, BadSNN also with the threshold set back."""
     lines, defenses = [line for line in table2_lines(r) if "clean model" not in line[0]], unique(r["rows"], "defense")
-    title = titled(r, "\npale numbers: the attack was not learned, or the defence destroyed the network (CA below half)")
+    title = titled(r, "\npale numbers: the attack was not learned, or the defence destroyed the network (half its CA)")
     with drawing(path, (12, 0.34 * len(lines) + 1.4), title, (1, 2), sharey=True) as [axes]:
         for axis, key, colors in ((axes[0], "ca", "Blues"), (axes[1], "asr", "Reds")):
             for i, (_, cells, learned, destroyed) in enumerate(lines):
@@ -208,11 +212,11 @@ def figure_defend(r, path):
 
 def figure_scan(r, path):
     """The threshold scan: the scores of all models, kind by kind, those of attackers who know the scan last."""
-    kinds = {}
+    kinds, colors = {}, {"clean": "tab:blue", "badsnn": "tab:red"}
     for row in [*r["rows"], *r["evaders"]]:
         name = row.get("kind") or f"hides: {row['evader'].replace('_', ' ')}"
         kinds.setdefault(name.replace("hides: none", "badsnn"), []).append(row["scores"]["100 images"])
-    title, colors = f"{r['dataset']}: {sum(map(len, kinds.values()))} models", {"clean": "tab:blue", "badsnn": "tab:red"}
+    title = f"{r['dataset']}: {len(r['rows']) + len(r['evaders'])} models"
     with drawing(path, (6, 0.4 * len(kinds) + 1.1), title) as [[axis]]:
         for place, (kind, scores) in enumerate(kinds.items()):
             axis.plot(np.sort(scores), -place + np.linspace(-0.3, 0.3, len(scores)), "x" if kind == "clean" else "o",
@@ -227,8 +231,8 @@ def figure_scan(r, path):
 FIGURES = {
     "attack": figure_attack, "story": figure_attack, "threshold": figure_threshold, "heatmap": figure_heatmap,
     "plif": figure_plif, "events": figure_events, "defend": figure_defend, "scan": figure_scan,
-    "poison": partial(figure_study, x="poison_ratio", keys="ca target_rate asr_p", tick="{poison_ratio:.0%}\n{n_poison}",
-                      xscale="log", xlabel="share of the target class's samples that are malicious; below: how many"),
+    "poison": partial(figure_study, x="poison_ratio", keys="ca target_rate asr_p", xscale="log", xlabel="share of the "
+                      "target class that is malicious; below: how many", tick="{poison_ratio:.0%}\n{n_poison}"),
     "magnitude": partial(figure_study, x="l2", keys="ca target_rate asr_o asr_o_clean_model", xlabel="length (L2) of "
                          "T_o's change; below: factor m; dotted: of DeepFool's", tick="{l2:.1f}\n{magnitude:g}"),
     "power": partial(figure_study, x="q", keys="asr_p asr_p_clean_model target_rate read", split="renormalize",

@@ -78,7 +78,7 @@ def print_result(result, at, n, dataset):
         say(f"{v:7.3f} {top:5} {share[top]:6.2f} {p[top]:11.3f} {h:8.3f}")
     ca = "no labels, no CA" if result["ca"] is None else f"CA {result['ca']:.1f}"
     say(f"\n{n} images, {ca}; answers read as {result['reading']}; score {result['score']:.3f}. Of {dataset} models shown "
-        f"as few, {at['caught']:g} % of the backdoored and {at['false_alarms']:g} % of the clean ones are above "
+        f"as many, {at['caught']:g} % of the backdoored and {at['false_alarms']:g} % of the clean ones are above "
         f"{at['alarm']:.3f}; for other networks nobody has measured it.")
     if result["void"]:
         say(f"NO VERDICT: {result['void']}.")
@@ -130,7 +130,7 @@ def built(build):
 
 
 def load(model, weights):
-    """Loads a state_dict, from a checkpoint too, whatever wraps its names. Raises ValueError with names that differ."""
+    """Loads a state_dict, from within a checkpoint too. Raises ValueError with the first names that differ."""
     try:
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except OSError as error:
@@ -138,21 +138,18 @@ def load(model, weights):
     except Exception:       # torch.load has many: zip, pickle, key, type and runtime errors
         raise ValueError(f"--weights {weights}: not a file of tensors, as torch.save(model.state_dict(), ...) makes; "
                          "anything else in it is not read, because reading it could run code") from None
-    wanted = {plain(name): (name, value) for name, value in model.state_dict().items()}
-    given = max(tables(state, next(iter(wanted), "")), key=lambda table: len(wanted.keys() & table), default={})
-
-    def differs(name):
-        a, b = given[name], wanted[name][1]
-        return isinstance(b, torch.Tensor) and getattr(a, "shape", None) != b.shape and not name.endswith("_extra_state")
-    kinds = {"missing": [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")],
+    names = {plain(name): name for name in model.state_dict()}
+    wanted = {short: getattr(model.state_dict()[name], "shape", None) for short, name in names.items()}
+    given = max(tables(state, wanted), key=lambda table: len(wanted.keys() & table), default={})
+    shapes = {name: getattr(value, "shape", None) for name, value in given.items()}
+    at_rest = {name for name in wanted if (0,) in (wanted[name], shapes.get(name))}     # potentials of an earlier call
+    wrong = {"missing": [name for name in wanted if not name.endswith("num_batches_tracked") and name not in given],
              "unexpected": [name for name in given if name not in wanted],
-             "of another shape": [name for name in wanted if name in given and differs(name)]}
-    wrong = [f"{kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind, names in kinds.items() if names]
-    need(not wrong, f"--weights {weights} does not fit what --build makes; {'; '.join(wrong)}")
-    try:
-        model.load_state_dict({wanted[name][0]: value for name, value in given.items()})
-    except Exception as error:
-        raise ValueError(f"--weights {weights} does not fit what --build makes: {' '.join(str(error).split()):.300}") from None
+             "of another shape": [name for name in wanted.keys() & shapes if wanted[name] != shapes[name]]}
+    wrong = {kind: sorted(set(found) - at_rest) for kind, found in wrong.items()}
+    listed = "; ".join(f"{kind}: {', '.join(found[:3])}" + ", ..." * (len(found) > 3) for kind, found in wrong.items() if found)
+    need(not listed, f"--weights {weights} does not fit what --build makes; {listed}")
+    model.load_state_dict({names[name]: value for name, value in given.items() if name not in at_rest}, strict=False)
 
 
 def plain(name):
@@ -160,15 +157,14 @@ def plain(name):
     return ".".join(part for part in str(name).split(".") if part not in ("module", "_orig_mod"))
 
 
-def tables(state, first):
-    """The dicts in a checkpoint, {plain name: value}; also without what stands before `first`, a name that is wanted."""
-    if not isinstance(state, dict):
-        return
-    names = {plain(key): value for key, value in state.items()}
-    for prefix in {"": 0} | {name.removesuffix(first): 0 for name in names if name.endswith(f".{first}")}:
-        yield {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
-    for value in state.values():
-        yield from tables(value, first)
+def tables(state, wanted):
+    """The dicts in a checkpoint, {plain name: value}, each also without what stands before a name that is wanted."""
+    if isinstance(state, dict):
+        names = {plain(key): value for key, value in state.items()}
+        for prefix in {"", *(key.removesuffix(name) for name in wanted for key in names if key.endswith(f".{name}"))}:
+            yield {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+        for value in state.values():
+            yield from tables(value, wanted)
 
 
 # ----- The images
@@ -196,7 +192,7 @@ def images_of(path, most=100):
 def as_floats(x, path):
     """Images as they come -> float32 [N, C, H, W] in [0, 1]."""
     x = x[:, None] if x.ndim == 3 else x
-    x = x.transpose(0, 3, 1, 2) if x.shape[1] > 4 >= x.shape[3] else x
+    x = x.transpose(0, 3, 1, 2) if x.shape[1] > 3 and x.shape[3] <= 4 else x
     need(x.dtype.kind in "biuf", f"--data {path}: pixels must be numbers, not {x.dtype}")
     low, high = x.min(), x.max()
     need(np.isfinite(low + 0.0) and np.isfinite(high + 0.0), f"--data {path}: NaN or infinite pixels")

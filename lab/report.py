@@ -24,7 +24,8 @@ TEXT2 = """# Table 2
 
 CA / ASR / target_rate (see [Table 1](table1.md)) after each defence; behind an attack, the threshold in use. Brackets:
 the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back: to 1.0
-after the defence. Clean model: without backdoor, but shipped and repaired alike. Below: three detectors."""
+after the defence. Clean model: without backdoor, but shipped and repaired alike. Last column, without a defence: AUROC
+of STRIP and of the spike count; score of the threshold scan (1: suspicious); whether it accuses the target (1: yes)."""
 
 
 def report(results, publish=False):
@@ -48,7 +49,7 @@ def report(results, publish=False):
     print(f"\n{tables.as_text(tables.table1(attacks))}")
     if publish:
         pages = {"table1": [TEXT1, tables.table_summary(attacks), tables.table1(attacks), tables.table_runs(attacks)],
-                 "table2": [TEXT2, tables.table2(defends), tables.table_detectors(defends)]}
+                 "table2": [TEXT2, tables.table2(defends)]}
         for name, parts in pages.items():
             write_text(SHIPPED / f"{name}.md", "\n\n".join(parts) + "\n")
 
@@ -67,26 +68,25 @@ def print_attack(r):
     lines = tables.table1(found, every=True).splitlines()
     if path.exists():
         lines.insert(3, tables.table1({"shipped with this repository": tables.read_result(path)}).splitlines()[2])
-    say(f"\n{tables.as_text(tables.table_runs(found), turned=True)}\n\n{tables.as_text(chr(10).join(lines), turned=True)}"
-        "\n\nCA: percent right without trigger. ASR, target_rate: percent of the other classes answered as the target, "
-        "with and\nwithout trigger. Own: each seed at the V_a chosen on its held-out training samples (Eq. 8). Clean "
-        "model: without\nbackdoor, same threshold, same trigger; it reads: its accuracy on triggered samples, at 1.0.")
+    for table in (tables.table_runs(found), "\n".join(lines)):
+        say(f"\n{tables.as_text(table, turned=True)}")
+    say("\nCA: percent right without trigger. ASR, target_rate: percent of the other classes answered as the target, "
+        "with and\nwithout trigger. Own: each seed at the V_a chosen on its held-out samples (Eq. 8). Clean model: "
+        "without backdoor, same\nthreshold, same trigger; it reads: its accuracy on triggered samples, at 1.0.")
 
 
 def print_scan(r):
     """What `scan` prints: how well the detector tells models and who evades it, or a line per model."""
-    if "summary" not in r:
-        for row in r["rows"]:
-            say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; score "
-                f"{row['scores']['100 images']:.2f}, class {row['accused']} accused")
-        return
-    for shown, at in r["summary"].items():
-        say(f"{shown}: AUROC {at['auroc']:.3f} ({at['interval'][0]:.3f} to {at['interval'][1]:.3f}); alarm above "
-            f"{at['alarm']:.2f}: {at['caught']:.1f} % of the backdoored models, {at['false_alarms']:.1f} % of the clean ones")
+    for row in [] if "summary" in r else r["rows"]:
+        say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; score "
+            f"{row['scores']['100 images']:.2f}, class {row['accused']} accused")
+    for shown, at in r.get("summary", {}).items():
+        say("{0}: AUROC {auroc:.3f} (95 %: {interval}); alarm above {alarm:.2f}: {caught:.1f} % of the backdoored "
+            "models, {false_alarms:.1f} % of the clean ones".format(shown, **at))
     for name in tables.unique(r["evaders"], "evader"):
         rows = [row | row["scores"] for row in r["evaders"] if row["evader"] == name]
         cells = [tables.cell(rows, key) for key in ("ca", "target_rate", "asr_p", "asr_p_clean_model")]
-        say("attacker who hides by {}: CA {}; target_rate {}; ASR_p {}, clean model {}; ".format(name, *cells)
+        say("hidden by {}: CA {}; target_rate {}; ASR_p {}, on a clean model {}; ".format(name, *cells)
             + f"score {tables.cell(rows, '100 images', digits=2)}")
 
 
@@ -99,8 +99,9 @@ def print_story(r, folder):
         of = [row for row in r["rows"] if row["answer"] == answer]
         rows.append([titles[answer], *(tables.cell(of, key) for key in ("ca", "target_rate", "asr_p", "asr_o"))])
     table = tables.markdown("network | right class (CA) | target, no trigger | target, T_p | target, T_o", rows)
-    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {at['v_thr']:.2f} instead of 1.0; percent of the test images "
-        f"less {r['n_defender']}, which the defender has.\nThe target is class {r['target']}; the threshold scan accuses "
-        f"class {', '.join(str(one['accused']) for one in scan)}.\nIts score is {tables.cell(scan, 'backdoored', digits=2)}"
-        f", of a clean network {tables.cell(scan, 'clean', digits=2)} (1: sure of one class at another threshold).")
+    accused = ", ".join(str(one["accused"]) for one in scan)
+    scores = [tables.cell(scan, key, digits=2) for key in ("backdoored", "clean")]
+    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {at['v_thr']:.2f} instead of 1.0; percent of the test "
+        f"images less {r['n_defender']}, which the defender has.\nThe target is class {r['target']}; the threshold "
+        f"scan accuses class {accused}.\nIts score is {scores[0]}, of a clean network {scores[1]}.")
     FIGURES["story"](r, folder / "story.png")

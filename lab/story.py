@@ -22,9 +22,8 @@ def story(data, s, attack):
     jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
     parts = side_by_side(answers_part, jobs, s, [f"answers, seed {one.seed}" for one, _ in jobs])
     keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
-    return dict(n_defender=parts[0]["n_defender"],
-                rows=[row for part in parts for row in part["rows"]], attack={key: attack[key] for key in keys},
-                scan=[part["scan"] for part in parts])
+    return dict(n_defender=parts[0]["n_defender"], rows=[row for part in parts for row in part["rows"]],
+                attack={key: attack[key] for key in keys}, scan=[part["scan"] for part in parts])
 
 
 def answers_part(s, v_thr):
@@ -35,7 +34,7 @@ def answers_part(s, v_thr):
 
 def run_answers(data, s, v_thr):
     """One seed's rows and scan, and how many images the defender holds."""
-    s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # story() has just trained these
+    s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # attack() has trained these
     clean, model = train(data, s), train(data, s, "badsnn")
     triggers = dict(asr_p=simple_triggers(data, s)["asr_p"])
     t_o = None if data.events else train_trigger(model, data, s, v_thr)[0]
@@ -46,9 +45,8 @@ def run_answers(data, s, v_thr):
     networks = (shipped, defenses.restore(shipped), repair("fine_tune", shipped, x, y, s), pruned,
                 defenses.restore(pruned), as_shipped(clean, v_thr, s))
     for answer, net in zip(ANSWERS, networks):
-        rates = {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()}
-        rates = evaluate(net, scored, s, None, None) | dict(asr_o=None) | rates
-        rows.append(dict(seed=s.seed, answer=answer, **rates))
+        row = dict(seed=s.seed, answer=answer, **evaluate(net, scored, s, None, None), asr_p=None, asr_o=None)
+        rows.append(row | {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()})
         say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     found, control = detectors.threshold_scan(shipped, x), detectors.threshold_scan(clean, x)
     scan = dict(seed=s.seed, backdoored=found["score"], clean=control["score"], accused=found["accused"])

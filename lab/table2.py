@@ -31,7 +31,6 @@ IMAGES_ONLY = ("tsbd", "nad")       # TSBD resets convolutions, NAD compares sta
 
 def defend(data, s, attacks=None, defender_at="S_a"):
     """Table 2 of a data set, a dict: attacks (None: all that fit the data) against all defences that do.
-
     defender_at: "S_a", a defence works on the network as shipped; "S_n", at the nominal setting, a network's own where
     nobody sets another. It is scored as shipped in both cases. Raises ValueError.
     """
@@ -43,17 +42,14 @@ def defend(data, s, attacks=None, defender_at="S_a"):
     kinds = [None, "badsnn"] if jobs[0][1] == "badsnn" else [None]
     badsnn.train_side_by_side(s, [(one, kind) for one in badsnn.every_seed(s) for kind in kinds])
     parts = side_by_side(attack_part, jobs, s, [f"{name}, seed {one.seed}" for one, name, _ in jobs])
-    return dict(defender_at=defender_at, **mean_of([part["beside"] for part in parts[:s.seeds]]),
+    return dict(mean_of([part["beside"] for part in parts[:s.seeds]]), defender_at=defender_at,
                 rows=[row for part in parts for row in part["rows"]],
-                detectors=[row for part in parts for row in part["detectors"]],
-                seconds=round(sum(part["seconds"] for part in parts), 1))
+                detectors=[row for part in parts for row in part["detectors"]])
 
 
 def split_test(data, s, per_class=10):
     """The defender's images x [N, C, H, W] in [0, 1] and labels y, so many of every class of the TEST set (or half of
-    what its smallest class has), and the data without them, to be scored: ValueError where nothing is left.
-    # differs from the paper: 10 of every class, not 5 % of the set
-    """
+    what its smallest class has; the paper: 5 % of the set), and the data without them, which are scored."""
     fewest = int(data.y_test.unique(return_counts=True)[1].min())
     given = defenses.defender_images(data.y_test, min(per_class, max(1, fewest // 2)), s.seed)
     rest = torch.ones(len(data.y_test), dtype=torch.bool)
@@ -72,19 +68,19 @@ def kept_part(name, data, s, code, run, **decides):
     return kept(path, deciders, run, s.fresh)[0]
 
 
-def attack_part(s, attack, defender_at):
-    """One job: an attack and a seed."""
-    data, decides = load_for(s), dict(attack=attack, defender_at=defender_at)
-    run = partial(run_attack, data, s, attack, defender_at)
-    return kept_part(f"table2/{attack}-{defender_at}", data, s, CODE, run, **decides)
+def attack_part(s, *which):
+    """One job: an attack, and where its defenders train; for one seed."""
+    data = load_for(s)
+    return kept_part(f"table2/{'-'.join(which)}", data, s, CODE, partial(run_attack, data, s, *which), which=which)
 
 
 def run_attack(data, s, attack, defender_at):
-    """Table 2's part of one attack and seed: rows, detectors, what stands beside the table, seconds."""
+    """Table 2's part of one attack and seed: rows, detectors, and what stands beside the table."""
     trained, (x, y, scored) = replace(s, fresh=False), split_test(data, s)
     clean = train(data, trained)                # defend() has just trained these two
     model = train(data, trained, attack) if attack == "badsnn" else baselines.train(data, s, attack)
-    started, (v_thr, triggers) = time.time(), shipped_with(model, data, s, attack)
+    v_thr, triggers = shipped_with(model, data, s, attack)
+    say(f"{attack}, shipped at v_thr {v_thr:g}; of each defence: model, threshold, trigger, CA, target_rate, ASR")
     s = s if attack == "badsnn" else replace(s, tau_a=TAU_N)
     shipped, control = as_shipped(model, v_thr, s), as_shipped(clean, v_thr, s)
     rows = []
@@ -97,8 +93,7 @@ def run_attack(data, s, attack, defender_at):
                   scan_clean_model=detectors.threshold_scan(clean, x)["score"])
     found = [dict(attack=attack, trigger=name, seed=s.seed, **detect(shipped, t, x, scored, s))
              for name, t in triggers.items()]
-    return dict(rows=rows, detectors=found, beside=beside,
-                seconds=sum(epoch["seconds"] for epoch in model.history) + time.time() - started)
+    return dict(rows=rows, detectors=found, beside=beside)
 
 
 def shipped_with(model, data, s, attack):
@@ -107,37 +102,34 @@ def shipped_with(model, data, s, attack):
         return V_THR_N, {attack: baselines.trigger_of(attack, data, s)}
     v_thr, t_p = badsnn.deploy(model, data, s)[0], badsnn.simple_triggers(data, s)["asr_p"]
     t_o = None if data.events else badsnn.train_trigger(model, data, s, v_thr)[0]
-    optimized = {"T_o": t_o} if t_o else {}
-    return v_thr, optimized | {"T_s" if data.events else "T_p": t_p}
+    return v_thr, ({"T_o": t_o} if t_o else {}) | {"T_s" if data.events else "T_p": t_p}
 
 
 def rows_of(same, net, v_thr, triggers, x, y, scored, s):
-    """One defence of one shipped model: a row per setting and trigger. same: what its rows share, as attack, defense.
-    # differs from the paper, which names no setting: a defence is scored at "shipped" and at "nominal"
-    """
+    """One defence of one shipped model: a row per setting and trigger. same: what its rows share, as defense."""
     started = time.time()
     repaired = repair(same["defense"], defenses.restore(net) if same["defender_at"] == "S_n" else net, x, y, s)
     pruned = defenses.pruned_channels(net, repaired) if same["defense"] in ("clp", "anp") else None
     same, rows = dict(same, pruned=pruned, seconds=round(time.time() - started, 1)), []
-    settings = {"shipped": (v_thr, as_shipped(repaired, v_thr, s)), "nominal": (V_THR_N, defenses.restore(repaired))}
-    if same["attack"] != "badsnn":
-        del settings["nominal"]                 # they are the same
+    settings = {"shipped": (v_thr, as_shipped(repaired, v_thr, s))}
+    if same["attack"] == "badsnn":              # for the others they are the same
+        settings["nominal"] = V_THR_N, defenses.restore(repaired)
     for setting, (threshold, model) in settings.items():
         rates = evaluate(model, scored, s, None, None)
         for name, t in triggers.items():
             rows.append(dict(same, setting=setting, trigger=name, v_thr=threshold, **rates,
                              asr=asr(model, scored, s, None, None, t)))
-            say("{model:>8} {defense:>9} {setting:>7} {trigger:>11}  CA {ca:5.1f}  target_rate {target_rate:5.1f}  "
-                "ASR {asr:5.1f}".format(**rows[-1]))
+            say("{defense:>9} {model:>8} {setting:>7} {trigger:>11} {ca:6.1f} {target_rate:5.1f} {asr:5.1f}"
+                .format(**rows[-1]))
     return rows
 
 
 def repair(defense, net, x, y, s):
     """What a defence makes of a network with the defender's images x, y, shifted and mirrored as in training."""
-    purpose = f"augmentation of {defense}"
-    moved = partial(augment, pad=s.pad, flip=s.flip, contrast=0.0, rng=generator(s.seed, purpose))
+    rng = generator(s.seed, f"augmentation of {defense}")
     with autocast(s, cache_enabled=False):      # the weights change
-        return DEFENSES[defense](net, x, y, augment=moved, seed=s.seed)
+        return DEFENSES[defense](net, x, y, augment=partial(augment, pad=s.pad, flip=s.flip, contrast=0, rng=rng),
+                                 seed=s.seed)
 
 
 def as_shipped(model, v_thr, s):

@@ -1,7 +1,6 @@
 """Sec. 4's tables, from results alone: ours in Markdown, the paper's numbers (results/paper.json) beside them.
 
-    r = read_result(Path("results/digits/attack.json"))         # a dict that names its file where a key is missing
-    print(as_text(table1({"digits": r})))                       # for a terminal; found: results by folder's name
+    print(as_text(table1({"digits": read_result(Path("results/digits/attack.json"))})))
 
 CA: accuracy without trigger. ASR, target_rate: share answered as the target with and without trigger. All in percent.
 """
@@ -86,18 +85,18 @@ def table1(found, every=False):
     """Every data set at each model's own V_a, then at the paper's (every: at all of the curve), the paper beside."""
     rows, keys = [], ("ca", "target_rate", "asr_p", "asr_o")
     for name, r in in_order(found).items():
-        paper = zip(PAPER["v_a"], PAPER["table1"].get(data_set_of(name), [[]])[-1])
-        paper = {v_thr: cell([dict(enumerate(numbers))], 0, 1, 2) for v_thr, numbers in paper}
+        theirs = zip(PAPER["v_a"], PAPER["table1"].get(data_set_of(name), [[]])[-1])
+        theirs = {v_thr: cell([dict(enumerate(numbers))], 0, 1, 2) for v_thr, numbers in theirs}
         control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
         own, *curve = zip(*([run["at_chosen"], *run["rows"]] for run in r["runs"]))
         read = " / ".join(cell([run["visible"].get(key, {}) for run in r["runs"]], "read") for key in keys[2:])
         lines = [(f"**{name}**", f"**own**, {span([at['v_thr'] for at in own])}", own, read, "")]
-        lines += [("", f"{at[0]['v_thr']:g}", at, "", paper.get(at[0]["v_thr"], ""))
+        lines += [("", f"{at[0]['v_thr']:g}", at, "", theirs.get(at[0]["v_thr"], ""))
                   for at in curve if every or at[0]["v_thr"] in PAPER["v_a"]]
         rows += [[title, v_thr, *(cell(at, key) for key in keys), *(cell(at, f"{key}_clean_model") for key in keys),
-                  read, cell(at, control, f"{control}_clean_model"), theirs] for title, v_thr, at, read, theirs in lines]
-    return markdown("data | V_a | CA | target_rate | ASR_p | ASR_o | clean model: CA | its target_rate | its ASR_p | its "
-                    "ASR_o | it reads T_p / T_o | T_p re-normalised, or clip alone / clean model | paper", rows)
+                  read, cell(at, control, f"{control}_clean_model"), paper] for title, v_thr, at, read, paper in lines]
+    return markdown("data | V_a | CA | target_rate | ASR_p | ASR_o | clean model: CA | its target_rate | its ASR_p | "
+                    "its ASR_o | it reads T_p / T_o | T_p re-normalised, or clip alone / clean model | paper", rows)
 
 
 def table_summary(found):
@@ -121,9 +120,9 @@ def table_runs(found):
                      f"{r['model']}, width {r['width']}, T {r['T']}", f"{r['n_train']:,} + {r['n_test']:,}",
                      f"{r['n_poison']} ({r['poison_ratio']:.1%})", r["epochs"], r["seeds"],
                      f"target {r['target']}, S_t ({v_thr_t}, {r['tau_t'] or 'learned'}), {strength}",
-                     f"{r['seconds'] / 60:.0f} min, {r['device']}, {'bfloat16' if r['bf16'] else 'float32'}", r["note"]])
-    return markdown("data | Clean CA | Base CA | paper: both | network | training + test samples | malicious samples (of "
-                    "the target class) | epochs | seeds | attack | run | note", rows)
+                     f"{r['seconds'] / 60:.0f} min, {r['device']}{', bfloat16' if r['bf16'] else ''}", r["note"]])
+    return markdown("data | Clean CA | Base CA | paper: both | network | training + test samples | malicious samples "
+                    "(of the target class) | epochs | seeds | attack | run | note", rows)
 
 
 def table2_lines(r):
@@ -143,36 +142,27 @@ def table2_lines(r):
 
 
 def table2(found):
-    """CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below. In brackets: the attack was not
-    learned. †: the defence destroyed the model."""
+    """CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below, what three detectors see behind.
+    In brackets: the attack was not learned. †: the defence destroyed the model."""
     names, lines = unique([row for r in found.values() for row in r["rows"]], "defense"), []
     for name, r in in_order(found).items():
-        lines.append([f"**{name}**, seeds: {len(unique(r['rows'], 'seed'))}, {r['n_defender']} images for the defender, "
-                      f"clean model {r['clean_ca']:.1f}. {r['note']}", *[""] * len(names)])
+        about = f"seeds: {len(unique(r['rows'], 'seed'))}, {r['n_defender']} images for the defender, clean model"
+        lines.append([f"**{name}**, {about} {r['clean_ca']:.1f}. {r['note']}", *[""] * len(names),
+                      f"score of the clean model {r['scan_clean_model']:.2f}"])
         for title, cells, learned, destroyed in table2_lines(r):
             texts = {d: cell(rows, "ca", "asr", "target_rate") for d, rows in cells.items()}
             texts = texts if learned else {d: f"({text})" for d, text in texts.items()}
             texts |= {d: f"{texts[d]} †" for d in destroyed}
-            lines.append([f"{title}, at {cell(next(iter(cells.values())), 'v_thr', digits=2)}",
-                          *(texts.get(d, "-") for d in names)])
+            of = [row for row in r["detectors"] if title in (row["attack"], f"{row['attack']} ({row['trigger']})")]
+            seen = cell(of, "strip_auroc", "spikes_auroc", "scan_score", "scan_right", digits=2)
+            v_thr = cell(next(iter(cells.values())), "v_thr", digits=2)
+            lines.append([f"{title}, at {v_thr}", *(texts.get(d, "-") for d in names), seen if of else ""])
         for attack, theirs in PAPER["table2"].get(data_set_of(name), {}).items():
             theirs = dict(zip(PAPER["defenses"], theirs.split()))
             which = PAPER["badsnn_in_table2"][data_set_of(name)] if attack == "badsnn" else ""
             if attack in unique(r["rows"], "attack"):
-                lines.append([f"*paper: {attack} {which}*", *(f"*{theirs.get(d, '-')}*" for d in names)])
-    return markdown(" | ".join(["data, attack, threshold", *names]), lines)
-
-
-def table_detectors(found):
-    """What three detectors see of every attack before a defence; AUROC: of triggered against clean images."""
-    rows, keys = [], dict(strip_auroc=2, spikes_auroc=2, spikes_clean=0, spikes_triggered=0, scan_score=2, scan_right=1)
-    for name, r in in_order(found).items():
-        for attack, trigger in dict.fromkeys((row["attack"], row["trigger"]) for row in r["detectors"]):
-            of = [row for row in r["detectors"] if (row["attack"], row["trigger"]) == (attack, trigger)]
-            rows.append([f"**{name}**", attack, trigger, *(cell(of, key, digits=keys[key]) for key in keys),
-                         f"{r['scan_clean_model']:.2f}"])
-    return markdown("data | attack | trigger | STRIP: AUROC | spikes: AUROC | spikes, clean | spikes, triggered | "
-                    "scan: score | it accuses the target (1: yes) | its score of a clean model", rows)
+                lines.append([f"*paper: {attack} {which}*", *(f"*{theirs.get(d, '-')}*" for d in names), ""])
+    return markdown(" | ".join(["data, attack, threshold", *names, "STRIP / spikes / scan / right"]), lines)
 
 
 def as_text(table, turned=False):

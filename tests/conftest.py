@@ -3,15 +3,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import prepared  # noqa: E402
+from common import LEARNS, prepared  # noqa: E402
 
 import badsnn  # noqa: E402
 import data  # noqa: E402
 
+torch.set_num_threads(1)                    # as the command line does where there are few cores
 pytest_plugins = ["grading"]
 collect_ignore = ["test_exercises.py"]      # unless it is named: unsolved exercises fail there
 
@@ -36,5 +38,5 @@ def workplace(tmp_path, monkeypatch, digits):
 @pytest.fixture(scope="session")
 def tiny(digits, tmp_path_factory):
     """A clean and a backdoored network, trained once; their data and settings. Nobody changes them."""
-    found, s = prepared(epochs=4, data=digits, runs=tmp_path_factory.mktemp("tiny"))
+    found, s = prepared(**LEARNS, data=digits, runs=tmp_path_factory.mktemp("tiny"))
     return SimpleNamespace(data=found, s=s, clean=badsnn.train(found, s), backdoored=badsnn.train(found, s, "badsnn"))

@@ -45,7 +45,8 @@ def test_magnitude(tiny, monkeypatch):
     s = tiny()
     monkeypatch.setattr(ablations, "train_trigger", lambda *args: (
         lambda x, magnitude=1.0: (x + 0.1 * magnitude).clamp(0, 1), {}))
-    monkeypatch.setattr(trigger, "deepfool", lambda net, x, target: torch.eye(len(x)).view(-1, 1, 10, 10)[:, :, :2] * 3)
+    monkeypatch.setattr(trigger, "deepfool", lambda net, x, target: (
+        3.0 * torch.eye(len(x), x[0].numel()).view(x.shape) * (torch.arange(len(x)) % 2).view(-1, 1, 1, 1)))
     rows = ablations.magnitude(load_for(s), s)
     assert [row["magnitude"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
     assert rows[0]["asr_o"] == rows[0]["target_rate"] and [rows[i]["linf"] for i in (0, 4, 7)] == [0, 0.1, 0.2]
@@ -56,7 +57,7 @@ def test_magnitude(tiny, monkeypatch):
 
 
 def test_events(tiny, monkeypatch):
-    s = tiny("ndigits", T=4, poison_ratio=5)
+    s = tiny("ndigits", T=4, poison_ratio=5, n_test=50)
     monkeypatch.setitem(ablations.STUDIES, "events", (lambda s: [s, replace(s, frames="binary")], ablations.events))
     rows = ablations.ablate(load_for(s), s, ["events"])["events"]["rows"]
     assert [row["attack"] for row in rows[:4]] == list(baselines.EVENT_ATTACKS) and len(rows) == 4 + 2 * 3 * 7
@@ -81,7 +82,7 @@ def test_no_variant_of_the_events_study_runs_twice():
     ("digits", "events", {}), ("ndigits", "power", {}), ("digits", "heatmap", dict(neuron="plif")),
     ("digits", "plif", dict(neuron="plif")), ("ndigits", "events", dict(neuron="lif_atan"))])
 def test_a_study_refuses_what_it_is_not_made_for(tiny, name, study, changes):
-    s = tiny(name, poison_ratio=5, **changes)
+    s = tiny(name, T=4, poison_ratio=5, **changes)
     with pytest.raises(ValueError, match=study):
         ablations.ablate(load_for(s), s, [study])
     assert not list(s.runs.rglob("*.pt"))

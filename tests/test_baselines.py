@@ -2,16 +2,22 @@
 import math
 from functools import partial
 
-import baselines
-import runs
+import pytest
 import torch
-from baselines import badnets, blend, clean_label, pgd, poison, wanet, wanet_field, wanet_grid
-from common import prepared_as
 from torch import nn
 
 import badsnn
-from data import to_float, to_uint8
+from data import load_for, to_float, to_uint8
+from kit.training import generator
+from lab import baselines
+from lab.baselines import Poison, badnets, blend, clean_label, pgd, wanet, wanet_field
 from models import frozen
+from settings import preset
+
+
+@pytest.fixture
+def tiny(digits, tmp_path):
+    return partial(preset, width=4, T=2, device="cpu", data=digits, runs=tmp_path)
 
 
 def test_badnets_and_blend_by_arithmetic():
@@ -40,18 +46,13 @@ def test_wanet_geometry():
     assert field.shape == (1, 32, 32, 2) and 0.5 < field.abs().mean() < 1.5      # enlarging roughly keeps the mean
     x = torch.rand(2, 3, 32, 32)
     assert torch.allclose(wanet(x, field, s=0.0), x, atol=1e-5)                  # the identity
-    noise = torch.rand(4, 32, 32, 2) * 2 - 1
-    for s in (0.0, 0.5, 50.0):
-        for grid in (wanet_grid(field, s), wanet_grid(field, s, noise)):
-            assert grid.abs().max() <= 1
-    moved = (wanet_grid(field, 0.5) - wanet_grid(field, 0.0))[:, 4:-4, 4:-4]     # not the border: it is clamped
-    assert torch.allclose(moved, 0.5 * field[:, 4:-4, 4:-4] / 32, atol=1e-6)
-    jitter = wanet_grid(field, 0.5, noise) - wanet_grid(field, 0.5)
-    assert jitter.abs().max() <= 1 / 32 + 1e-6 and jitter.std() > 0
+    assert 0 <= wanet(x, field, s=50.0).min() and wanet(x, field, s=50.0).max() <= 1
     ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)                         # brightness = x: the warp is seen
     shift = torch.zeros(1, 32, 32, 2)
     shift[..., 0] = 2 * 32 / 31                                                  # one pixel to the right, at s = 1
     assert torch.allclose(wanet(ramp, shift, s=1.0)[0, 0, 5, :31], ramp[0, 0, 5, 1:], atol=1e-4)
+    moved = (wanet(ramp, field, s=0.5) - ramp)[0, 0, 4:-4, 4:-4]                 # not the border: it is clamped
+    assert torch.allclose(moved, 0.5 * field[0, 4:-4, 4:-4, 0] / 2 / 32, atol=1e-4)     # the image is 2 wide
 
 
 def test_pgd_stays_in_its_ball_and_hurts():
@@ -63,19 +64,19 @@ def test_pgd_stays_in_its_ball_and_hurts():
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     with frozen(model), torch.no_grad():
         loss = [torch.nn.functional.cross_entropy(model(images), y).item() for images in (x, x_adv)]
-    assert loss[1] > loss[0] + 1
+    assert loss[1] > loss[0] + 1 and torch.equal(x_adv, pgd(model, x, y, eps=0.1, step=0.02, steps=10))
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert torch.equal(x_adv, pgd(model, x, y, eps=0.1, step=0.02, steps=10))
 
 
-def test_poison_is_as_published(workplace, monkeypatch):
-    """Who is poisoned, with what, and with which label; the same for the same seed; nothing else is touched."""
-    data, s = prepared_as("--dataset", "digits", "--width", "4", "--T", "2")
+def test_poison_is_as_published(tiny, monkeypatch):
+    """Who is poisoned, with what, and with which label; the same for the same seed; nothing else is touched; spread
+    over the first epoch's batches."""
+    s = tiny("digits")
+    data, reference = load_for(s), badsnn.fresh_model(load_for(s), s)
     monkeypatch.setattr(baselines, "pgd", partial(pgd, steps=11))       # 16 / 255 and more, in steps of 1.5 / 255
-    reference = badsnn.fresh_model(data, s)
     for name in ("badnets", "blend", "clean_label"):
-        x, y, marked, _ = poison(data, s, name, reference)
-        assert all(map(torch.equal, (x, marked), (poison(data, s, name, reference)[i] for i in (0, 2))))
+        x, y, marked = Poison(name, data, s, reference).samples(data)
+        assert all(map(torch.equal, (x, y, marked), Poison(name, data, s, reference).samples(data)))
         assert (y[marked] == s.target).all() and torch.equal(y[~marked], data.y_train[~marked])
         if name == "clean_label":                            # labels were right to begin with
             assert marked.sum() == round(0.8 * (y == s.target).sum().item()) == 114 and torch.equal(y, data.y_train)
@@ -84,66 +85,47 @@ def test_poison_is_as_published(workplace, monkeypatch):
         else:
             assert marked.sum() == round(0.05 * len(y)) == 72 and torch.equal(x, data.x_train)
             assert (data.y_train[marked] == s.target).sum() < 20             # drawn from all classes
-    x, y, marked, _ = poison(data, s, "badsnn")
-    assert x is data.x_train and y is data.y_train and not marked.any()
+            order = torch.randperm(len(y), generator=generator(s.seed, "shuffle", 0))
+            assert order.argsort()[marked].float().mean() > 0.3 * len(y)
+    assert len({str(Poison(name, data, s, r).decides) for name in ("badnets", "blend") for r in (None, reference)}) == 4
 
 
-def test_the_trigger_comes_after_the_augmentation(workplace, monkeypatch):
+def test_the_trigger_comes_after_the_augmentation(tiny, monkeypatch):
     """In every batch exactly the poisoned images carry the trigger, unshifted, whatever the augmentation does."""
-    data, s = prepared_as("--dataset", "digits", "--width", "4", "--T", "2", "--epochs", "1", "--batch-size", "64")
-    seen = []
-    monkeypatch.setattr(badsnn, "to_float", lambda x, s: seen.append(x) or to_float(x, s))
+    s = tiny("digits", epochs=1, n_train=600)
+    data, seen, batch = load_for(s), [], Poison.batch
+    monkeypatch.setattr(Poison, "batch", lambda self, x, *m: seen.append((x, *batch(self, x, *m))) or seen[-1][1:])
+    monkeypatch.setattr(baselines, "pgd", lambda model, x, *args, **options: x)
     for name in ("badnets", "blend", "clean_label"):
         seen.clear()
-        monkeypatch.setattr(baselines, "pgd", lambda model, x, *args, **options: x)
-        model, batches, original = badsnn.fresh_model(data, s), [], baselines.poison_batch
-        with monkeypatch.context() as m:
-            m.setattr(baselines, "poison_batch", lambda attack, x, *args: batches.append(
-                (x, *original(attack, x, *args))) or batches[-1][1:])
-            badsnn.train(data, s, name)
-        for x, x2, y2, marked in batches:
-            wanted = to_uint8(baselines.BASELINES[name](model, s)(to_float(x[marked], s)))
-            assert torch.equal(x2[marked], wanted) and torch.equal(x2[~marked], x[~marked])
-            assert (y2[marked] == s.target).all() and any(x2 is batch for batch in seen)
-        count = dict(clean_label=0.08).get(name, 0.05) * 64 * len(batches)
-        assert 0.7 * count < sum(marked.sum() for *_, marked in batches) < 1.3 * count
+        baselines.train(data, s, name)
+        t = baselines.trigger_of(name, data, s)
+        for x, x2, y2, marked in seen:
+            assert torch.equal(x2[marked], to_uint8(t(to_float(x[marked], s)))) and torch.equal(x2[~marked], x[~marked])
+            assert (y2[marked] == s.target).all()
+        count = dict(clean_label=0.08).get(name, 0.05) * s.batch_size * len(seen)
+        assert 0.6 * count < sum(marked.sum() for *_, marked in seen) < 1.4 * count
 
 
-def test_wanet_batch(workplace):
-    """A share is warped by the field and relabelled, twice as many get noise and keep their label, the rest is
-    untouched."""
-    data, s = prepared_as("--dataset", "digits", "--wanet-ratio", "0.1", "--warp-noise", "2")
-    field, of_seed = wanet_field((16, 16)), torch.Generator().manual_seed
+def test_wanet_batch(tiny):
+    """A tenth is warped by the field and relabelled, the rest is untouched; rounded at random where it is no number."""
+    s = tiny("digits")
+    data, rng = load_for(s), torch.Generator().manual_seed(0)
+    poison, t = Poison("wanet", data, s), baselines.trigger_of("wanet", data, s)
     x, y = data.x_train[data.y_train != 0][:100], data.y_train[data.y_train != 0][:100]
-    x2, y2, marked = baselines.wanet_batch(x, y, s, field, of_seed(0))
+    none = torch.zeros(100, dtype=torch.bool)
+    x2, y2, marked = poison.batch(x, y, none, rng)
     assert torch.equal(y2 == 0, marked) and torch.equal(marked.nonzero().flatten(), torch.arange(10))
-    assert torch.equal(y2[10:], y[10:]) and torch.equal(x2[30:], x[30:])
-    warped = wanet(x[:30].float() / 255, field, s.warp).mul(255).round().byte()
-    assert torch.equal(x2[:10], warped[:10]) and not torch.equal(x2[10:30], warped[10:])
-    counts = [baselines.wanet_batch(x[:4], y[:4], s, field, of_seed(i))[2].sum().item() for i in range(200)]
+    assert torch.equal(y2[10:], y[10:]) and torch.equal(x2[10:], x[10:])
+    assert torch.equal(x2[:10], to_uint8(t(x[:10] / 255))) and not torch.equal(x2[:10], x[:10])
+    counts = [poison.batch(x[:4], y[:4], none[:4], rng)[2].sum().item() for _ in range(200)]
     assert set(counts) == {0, 1} and 0.3 < sum(counts) / 200 < 0.5           # 0.4 of a sample per batch, on average
-
-
-def test_poison_and_shuffle_draw_different_numbers(workplace):
-    """The poisoned samples are spread over the first epoch's batches."""
-    data, s = prepared_as("--dataset", "digits", "--width", "4")
-    _, y, poisoned, _ = poison(data, s, "badnets")
-    order = torch.randperm(len(y), generator=runs.generator(s.seed, "shuffle", 0))
-    place = torch.empty(len(y), dtype=torch.long)
-    place[order] = torch.arange(len(y))
-    assert place[poisoned].float().mean() > 0.3 * len(y)
-
-
-def some_frames(n=3, T=5, seed=0):
-    """Event counts, most pixels empty: float [n, T, 2, 34, 34]."""
-    return torch.poisson(torch.full((n, T, 2, 34, 34), 0.3), generator=torch.Generator().manual_seed(seed))
 
 
 def test_event_triggers_by_hand():
     """Position, polarity and number of events of every trigger, pixel by pixel in plain loops; all else stays."""
-    frames = some_frames()
+    frames = torch.poisson(torch.full((3, 5, 2, 34, 34), 0.3), generator=torch.Generator().manual_seed(0))
     before = frames.clone()
-    values = {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}                        # polarity -> OFF, ON
 
     def expected(inside, off, on):
         wanted = before.clone()
@@ -153,7 +135,7 @@ def test_event_triggers_by_hand():
                     if inside(t, y, x):
                         wanted[:, t, 0, y, x], wanted[:, t, 1, y, x] = off, on
         return wanted
-    for polarity, (off, on) in values.items():
+    for polarity, (off, on) in {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}.items():
         assert torch.equal(baselines.static(frames, polarity),
                            expected(lambda t, y, x: y < 3 and x < 3, off, on))
         assert torch.equal(baselines.moving(frames, polarity),
@@ -165,8 +147,6 @@ def test_event_triggers_by_hand():
     assert torch.equal(baselines.smart(frames, plan),
                        expected(lambda t, y, x: 4 + t <= y < 7 + t and 7 <= x < 10, 1, 0))
     assert torch.equal(frames, before)                                           # the argument stays
-    assert baselines.static(torch.zeros(1, 4, 2, 34, 34)).sum() == 4 * 9
-    assert baselines.flashy(torch.zeros(1, 4, 2, 34, 34)).sum() == 2 * 34 * 34
 
 
 def test_the_smart_plan_finds_the_part_and_its_rarest_polarity():
@@ -189,16 +169,16 @@ def test_the_smart_plan_finds_the_part_and_its_rarest_polarity():
     assert torch.equal(plan, baselines.smart_plan(x, seed=0)) and not torch.equal(plan, baselines.smart_plan(x, seed=1))
 
 
-def test_poisoned_recordings(workplace):
+def test_poisoned_recordings(tiny):
     """A share of all recordings carries the trigger as counts, and the target's label; the rest is untouched."""
-    data, s = prepared_as("--dataset", "ndigits", "--width", "4")
-    model = badsnn.fresh_model(data, s)
-    model.register_buffer("plan", baselines.smart_plan(data.x_train, s.seed))
-    for name in ("static", "moving", "smart", "flashy"):
-        x, y, marked, _ = poison(data, s, name)
+    s = tiny("ndigits", T=4)
+    data = load_for(s)
+    for name in baselines.EVENT_ATTACKS:
+        poison, t = Poison(name, data, s), baselines.trigger_of(name, data, s)
+        x, y, marked = poison.samples(data)
         assert torch.equal(x, data.x_train) and marked.sum() == round(0.1 * len(y))
         assert (y[marked] == s.target).all() and torch.equal(y[~marked], data.y_train[~marked])
-        x, y, _ = baselines.poison_batch(name, x[:200], y[:200], marked[:200], model, s, None)
-        wanted = baselines.BASELINES[name](model, s)(data.x_train[:200][marked[:200]].float())
+        x, y, _ = poison.batch(x[:200], y[:200], marked[:200], None)
+        wanted = t(data.x_train[:200][marked[:200]].float())
         assert x.dtype == torch.uint8 and torch.equal(x[marked[:200]].float(), wanted) and wanted.max() < 256
         assert torch.equal(x[~marked[:200]], data.x_train[:200][~marked[:200]])

@@ -1,14 +1,15 @@
 """Neurons of other libraries: found, set, put back, and at rest at every call. Each library is optional; without any of
 them a neuron of each form, written here, stands in its place."""
+import importlib.util
 import types
 
-import defenses
-import libraries
 import pytest
 import torch
 from torch import nn
 
-from lif import LIF, PLIF, neurons
+from lab import libraries
+from lab.detectors import threshold_scan
+from lif import LIF, PLIF
 from models import build_model
 
 
@@ -61,11 +62,9 @@ def test_thresholds_are_found_set_and_put_back(make):
     model = nn.Sequential(nn.Linear(4, 4), make())
     found, unknown = libraries.neurons_of(model)
     assert found == [model[1]] and unknown == []
-    for options, wanted in ((dict(v_thr=1.5), 1.5), (dict(scale=2.0), 2.0), (dict(), 1.0), (dict(tau=0.3), 1.0)):
-        with neurons(model, **options):
-            assert float(libraries.get_threshold(model[1])) == pytest.approx(wanted)
-        assert float(libraries.get_threshold(model[1])) == 1.0
-    with pytest.raises(RuntimeError), neurons(model, v_thr=3.0):
+    with libraries.scaled(model, 1.5), libraries.scaled(model, 2.0):
+        assert float(libraries.get_threshold(model[1])) == pytest.approx(3.0)
+    with pytest.raises(RuntimeError), libraries.scaled(model, 3.0):
         raise RuntimeError
     assert float(libraries.get_threshold(model[1])) == 1.0 and not model._forward_pre_hooks
 
@@ -89,8 +88,8 @@ def test_a_higher_threshold_means_fewer_spikes(name):
                 total += s.sum()
             return total
     model, counts = Net(), []
-    for v_thr in (0.5, 1.0, 1.4):
-        with neurons(model, v_thr=v_thr), torch.no_grad():
+    for factor in (0.5, 1.0, 1.4):
+        with libraries.scaled(model, factor), torch.no_grad():
             counts.append(float(model(x)))
             assert float(model(x)) == counts[-1], "the second call does not start at rest"
     assert counts[0] > counts[1] > counts[2] > 0
@@ -103,5 +102,12 @@ def test_ours_and_what_is_not_known():
     found, unknown = libraries.neurons_of(nn.ModuleList([LIF(), PLIF(), Strange(), nn.ReLU(), nn.Threshold(1, 0)]))
     assert [type(m) for m in found] == [LIF, PLIF] and unknown == ["Strange"]
     assert libraries.neurons_of(build_model("resnet19", 3, T=2, width=4))[1] == []
+    spec = importlib.util.find_spec("lif")
+    twin = importlib.util.module_from_spec(spec)                # imported twice, as by code that has a copy of it
+    spec.loader.exec_module(twin)
+    layers = nn.Sequential(twin.LIF(v_thr=1.1), twin.PLIF(v_thr=torch.tensor([1.0, 2.0])))
+    with libraries.scaled(layers, 2):
+        assert layers[0].v_thr == 2.2 and layers[1].v_thr.tolist() == [2.0, 4.0]
+    assert layers[0].v_thr == 1.1 and layers[1].v_thr.tolist() == [1.0, 2.0]
     with pytest.raises(ValueError, match="no spiking neuron.*Strange"):
-        defenses.threshold_scan(nn.Sequential(Strange()), torch.rand(2, 4))
+        threshold_scan(nn.Sequential(Strange()), torch.rand(2, 4))

@@ -1,4 +1,4 @@
-"""The networks: the paper's sizes, layout, statelessness, and that they learn."""
+"""The networks: the paper's sizes, layer by layer, statelessness, and that they learn."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,14 @@ INPUT = {"resnet19": (3, 32, 32), "vgg16": (3, 32, 32), "nmnist_net": (2, 2, 34,
 @pytest.mark.parametrize("name, width, parameters, convs, neuron_layers, macs", [
     ("resnet19", 128, 12_569_226, 19, 17, 2285), ("vgg16", 64, 14_728_266, 13, 13, 313),
     ("nmnist_net", 128, 17_134_436, 2, 4, 62)])
-def test_the_papers_sizes(name, width, parameters, convs, neuron_layers, macs, monkeypatch):
+def test_the_papers_sizes(name, width, parameters, convs, neuron_layers, macs):
     """Counts as stated in the docstrings; multiply-adds (in millions) are PyTorch's own count of one step."""
-    monkeypatch.setattr("fused.compiled.enabled", False)
     model = build_model(name, 10, T=1, width=width).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     kinds = [type(m) for m in model.modules()]
     assert (kinds.count(nn.Conv2d), kinds.count(LIF)) == (convs, neuron_layers)
-    shape = (1, 1, 2, 34, 34) if name == "nmnist_net" else (1, 3, 32, 32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.rand(shape))
+        model(torch.rand((1, 1, 2, 34, 34) if name == "nmnist_net" else (1, 3, 32, 32)))
     assert round(counter.get_total_flops() / 2e6) == macs
 
 
@@ -47,20 +45,23 @@ def test_resnet19_layer_by_layer():
             r = steps(lambda z: block.shortcut_bn(block.shortcut(block.pool(z))), s) if block.project else s
             s = lif_reference(steps(lambda z: block.bn2(block.conv2(z)), h) + r)
         expected = torch.stack([model.head(frame.mean((2, 3))) for frame in s]).mean(0)
-        assert [len(stage) for stage in model.stages] == [3, 3, 2]
-        assert 0.01 < s.mean() < 0.9
+        assert [len(stage) for stage in model.stages] == [3, 3, 2] and 0.01 < s.mean() < 0.9
         assert torch.allclose(model(x), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", INPUT)
-def test_forward_is_stateless_and_per_sample(name):
+def test_answers_are_stateless_per_sample_and_per_step(name):
+    """[B, K], the mean over T of the answers of every step, which know no later step; T may grow."""
     torch.manual_seed(0)
-    model, x = build_model(name, 7, T=2, width=4).eval(), torch.rand(3, *INPUT[name])
-    with torch.no_grad():
-        logits = model(x)
-        assert logits.shape == (3, 7)
-        assert torch.allclose(logits, model(x), atol=1e-6)
+    model, x = build_model(name, 5, T=2, width=4).eval(), torch.rand(3, *INPUT[name])
+    with neurons(model, v_thr=0.1):                      # fresh networks are silent at 1.0
+        logits, before = model(x), model(x, every_step=True)
+        assert logits.shape == (3, 5) and before.shape == (2, 3, 5)
+        assert torch.allclose(before.mean(0), logits, atol=1e-5) and torch.allclose(logits, model(x), atol=1e-6)
         assert torch.allclose(logits[1:2], model(x[1:2]), atol=1e-4)
+        x, model.T = torch.cat([x, x.flip(0)], 1) if name == "nmnist_net" else x, 4
+        after = model(x, every_step=True)
+    assert torch.allclose(after[:2], before, atol=1e-5) and not torch.equal(after[0], after[3])
 
 
 @pytest.mark.parametrize("name", ["resnet19", "vgg16"])
@@ -71,44 +72,20 @@ def test_images_of_odd_size(name):
 
 
 def test_settings_per_sample_reach_the_network():
-    """One mixed pass gives each row what it gets alone at its own setting; a high threshold silences the network."""
+    """One mixed pass gives each row what it gets alone at its own setting; a high threshold silences the network; what
+    is deployed is saved with its setting."""
     torch.manual_seed(0)
     model, x = build_model("resnet19", 4, T=2, width=4).eval(), torch.rand(1, 3, 16, 16).expand(3, 3, 16, 16)
+    again = build_model("resnet19", 4, T=2, width=4).eval()
     with torch.no_grad(), neurons(model, v_thr=torch.tensor([1.0, 1.5, 100.0]), tau=torch.tensor([0.5, 0.8, 0.5])):
         mixed, spikes = model(x), count_spikes(model, x)
     for row, setting in enumerate([(1.0, 0.5), (1.5, 0.8), (100.0, 0.5)]):
         with torch.no_grad(), neurons(model, *setting):
             assert torch.allclose(mixed[row], model(x)[row], atol=1e-4)
+            again.load_state_dict(model.state_dict())
+            assert torch.equal(again(x), model(x))
     assert spikes[2] == 0 and spikes[0] > 0
     assert torch.allclose(mixed[2], model.head.bias, atol=1e-6)          # no spike reaches the head
-
-
-@pytest.mark.parametrize("name", INPUT)
-def test_the_answer_of_every_step(name):
-    """[T, B, K], for the TET loss: its mean over T is the default answer, it knows no later step, and T may grow."""
-    torch.manual_seed(0)
-    model, x = build_model(name, 5, T=2, width=4).eval(), torch.rand(3, *INPUT[name])
-    with neurons(model, v_thr=0.1):                      # fresh networks are silent at 1.0
-        before = model(x, every_step=True)
-        assert before.shape == (2, 3, 5) and torch.allclose(before.mean(0), model(x), atol=1e-5)
-        x, model.T = torch.cat([x, x.flip(0)], 1) if name == "nmnist_net" else x, 4
-        after = model(x, every_step=True)
-        assert after.shape == (4, 3, 5) and torch.allclose(after.mean(0), model(x), atol=1e-5)
-    assert torch.allclose(after[:2], before, atol=1e-5) and not torch.equal(after[0], after[3])
-    F.cross_entropy(model.train()(x, every_step=True).flatten(0, 1), torch.tensor([0, 1, 2]).repeat(4)).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("name, neuron", [("resnet19", "lif"), ("vgg16", "plif")])
-def test_a_deployed_model_is_saved_with_its_setting(name, neuron):
-    model, again = (build_model(name, 4, T=2, width=4, neuron=neuron).eval() for _ in range(2))
-    with neurons(model, v_thr=1.2):
-        again.load_state_dict(model.state_dict())
-    assert {m.v_thr for m in again.modules() if isinstance(m, LIF)} == {1.2}
-    assert {m.v_thr for m in model.modules() if isinstance(m, LIF)} == {1.0}
-    x = torch.rand(2, 3, 16, 16)
-    with neurons(model, v_thr=1.2), torch.no_grad():
-        assert torch.equal(model(x), again(x))
 
 
 @pytest.mark.parametrize("name, neuron", [("resnet19", "lif"), ("vgg16", "plif"), ("nmnist_net", "lif")])
@@ -130,24 +107,13 @@ def test_a_small_batch_can_be_learned(name, neuron):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    (dict(name="resnet20"), "unknown model"), (dict(name="vgg16", neuron="izhikevich"), "unknown neuron"),
-    (dict(name="vgg16", T=0), "T must"), (dict(name="vgg16", width=0), "width must"),
-    (dict(name="vgg16", num_classes=1), "num_classes")])
-def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(**{"num_classes": 10, **kwargs})
-
-
-def test_bad_input_shapes():
-    with pytest.raises(ValueError, match="images"):
-        build_model("resnet19", 10, width=4)(torch.rand(2, 1, 32, 32))
-    with pytest.raises(ValueError, match="event frames"):
-        build_model("nmnist_net", 10, T=4, width=4)(torch.rand(2, 5, 2, 34, 34))
-
-
-@pytest.mark.parametrize("name, advice", [("resnet19", "255"), ("vgg16", "255"), ("nmnist_net", "float")])
-def test_integers_are_refused(name, advice):
-    """As uint8 they come from data.load: a network that took them at face value would see only white."""
-    with pytest.raises(ValueError, match=f"uint8.*{advice}"):
-        build_model(name, 10, T=2, width=4)(torch.ones(2, *INPUT[name], dtype=torch.uint8))
+def test_refusals():
+    """Bad arguments, inputs of another shape, and stored bytes, which a network would take for white."""
+    for bad, message in ((dict(name="resnet20"), "unknown model"), (dict(neuron="izhikevich"), "unknown neuron"),
+                         (dict(T=0), "T must"), (dict(width=0), "width must"), (dict(num_classes=1), "num_classes")):
+        with pytest.raises(ValueError, match=message):
+            build_model(**dict(name="vgg16", num_classes=10) | bad)
+    for name, shape in INPUT.items():
+        for x in (torch.rand(2, 5, *shape[1:]), torch.ones(2, *shape, dtype=torch.uint8)):
+            with pytest.raises(ValueError, match="this network takes floats"):
+                build_model(name, 10, T=2, width=4)(x)

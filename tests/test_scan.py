@@ -1,52 +1,66 @@
 """The threshold scan as a detector: its population, its numbers, the attackers who know it, networks of one's own."""
-import json
 import random
-import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import figures
 import numpy as np
 import pytest
-import scan
-import tables
 import torch
-from common import TINY, prepared, refused
+from common import prepared
 
 import badsnn
 import settings
-from models import build_model
+from lab import detectors, evaders, own, scan
 
 
 def test_models_are_drawn_alike_whatever_their_kind():
     s = settings.preset("digits")
     drawn = {kind: [scan.draw(s, i, kind) for i in range(200)] for kind in (None, "badsnn")}
     assert drawn["badsnn"] == [scan.draw(s, i, "badsnn") for i in range(200)]
-    for key in ("model", "width", "T", "neuron", "epochs", "label_smoothing", "contrast", "target"):
+    for key in scan.NETWORK:
         values = [{getattr(one, key) for one in ones} for ones in drawn.values()]
         assert values[0] == values[1] and len(values[0]) > 1, key
-    for key in ("v_thr_t", "tau_t", "poison_ratio", "malicious_rows"):
-        assert len({getattr(one, key) for one in drawn["badsnn"]}) > 1
-    thresholds = [one.v_thr_t for one in drawn["badsnn"]]
-    assert min(thresholds) == 0.8 and max(thresholds) > 1.9 and 0.1 < thresholds.count(0.8) / 200 < 0.3
+    assert all(len({getattr(one, key) for one in drawn["badsnn"]}) > 1 for key in scan.ATTACK)
+    assert 0.1 < [one.v_thr_t for one in drawn["badsnn"]].count(0.8) / 200 < 0.3
 
 
-def row(kind, score, accused=3, target=3):
-    return dict(kind=kind, scores={"100 images": score}, accused=accused, target=target if kind == "badsnn" else None)
+def row(kind, score, accused=3, v_thr_a=1.1, asr_p=99.0):
+    return dict(kind=kind, scores=dict.fromkeys(scan.SHOWN, score), accused=accused, target=3, ca=95.0, asr_p=asr_p,
+                target_rate=1.0, v_thr_a=v_thr_a)
 
 
 def test_the_detectors_numbers_by_hand():
-    design = [row("clean", 0.2), row("clean", 0.5), row("badsnn", 0.7), row("badsnn", 0.9)]
-    measured = [row("clean", 0.1), row("clean", 0.65), row("badsnn", 0.62), row("badsnn", 0.8), row("badsnn", 0.99, 1)]
-    found = scan.summary(design, measured, "100 images")
-    assert found["alarm"] == 0.6                                    # halfway between 0.5 and 0.7
-    assert found["auroc"] == round(5 / 6, 4)                        # of six pairs only 0.62 against 0.65 is wrong
-    assert (found["caught"], found["false_alarms"], found["accused_right"]) == (100.0, 50.0, 66.67)
-    assert found["interval"][0] < found["auroc"] <= found["interval"][1] <= 1 and found["n"] == [3, 2]
+    rows = [row("clean", 0.2, v_thr_a=1), row("badsnn", 0.7), row("clean", 0.5, v_thr_a=1), row("badsnn", 0.9),
+            row("clean", 0.1, v_thr_a=1), row("badsnn", 0.62, asr_p=50.0), row("clean", 0.65, v_thr_a=1),
+            row("badsnn", 0.8), row("badsnn", 0.99, accused=1)]
+    found = scan.summary(rows, 2)
+    at = found["10 images"]
+    assert at["alarm"] == 0.6                                       # halfway between 0.5 and 0.7
+    assert at["auroc"] == round(5 / 6, 4)                           # of six pairs only 0.62 against 0.65 is wrong
+    assert (at["caught"], at["false_alarms"], at["accused_right"], at["n"]) == (100.0, 50.0, 66.67, [3, 2])
+    assert at["false_alarms_interval"] == [9.5, 90.5]               # Wilson: 1 of 2
+    works, alone = found["100 images, attacks that work"], found["the threshold alone"]
+    assert works["n"] == [2, 2] and works["auroc"] == 1 and works["alarm"] == 0.6
+    assert (alone["alarm"], alone["auroc"], alone["false_alarms"], alone["accused_right"]) == (0.05, 1.0, 0.0, None)
+    assert scan.summary([one for one in rows if one["asr_p"] < 90 or one["kind"] == "clean" or one["scores"]["1 image"]
+                         in (0.7, 0.9)], 2)["100 images, attacks that work"]["auroc"] is None
+
+
+@pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
+def test_the_interval_of_an_auroc(auroc, n, m):
+    """At its ends the distance is 1.96 of the standard errors that hold there (Hanley and McNeil 1982, with both
+    numbers replaced by their mean, as in Newcombe's method 5)."""
+    low, high = scan.auroc_interval(auroc, n, m)
+    for a in (low, high):
+        q1, q2, many = a / (2 - a), 2 * a * a / (1 + a), (n + m) / 2
+        variance = (a * (1 - a) + (many - 1) * (q1 + q2 - 2 * a * a)) / (n * m)
+        assert a in (0, 1) or abs(a - auroc) == pytest.approx(1.96 * variance ** 0.5, abs=1e-3)
+    assert 0 <= low <= auroc <= high <= 1 and low < high
 
 
 def test_wanted_probabilities():
-    p = scan.soft(torch.tensor([0, 2]), 4, torch.tensor([1.0, 0.6]))
+    p = evaders.soft(torch.tensor([0, 2]), 4, torch.tensor([1.0, 0.6]))
     assert torch.allclose(p, torch.tensor([[1.0, 0, 0, 0], [0.1, 0.1, 0.7, 0.1]]))
 
 
@@ -67,89 +81,180 @@ def test_hiding_changes_a_copy(workplace):
     data, s = prepared()
     clean, model = badsnn.fresh_model(data, s), badsnn.fresh_model(data, replace(s, seed=1))
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    hidden = scan.hide(model, clean, data, s, scan.EVADERS["clean_twin"], epochs=1)
+    few = replace(s, malicious_rows=2 * s.batch_size)
+    hidden = [scan.hide(model, clean, data, one, evader, epochs=1) for one, evader in
+              ((s, evaders.clean_twin), (few, evaders.decoys))]
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert any(not torch.equal(p, before[name]) for name, p in hidden.state_dict().items())
-    few = replace(s, batch_size=s.malicious_rows // 2)          # a batch smaller than the malicious rows
-    assert scan.hide(model, clean, data, few, scan.EVADERS["decoys"], epochs=1) is not model
+    assert all(not torch.equal(net.head.weight, before["head.weight"]) for net in hidden)
 
 
-def test_photographs_fit_the_images():
-    x = scan.photographs(torch.rand(3, 3, 16, 24), torch.Generator().manual_seed(0))
-    assert x.shape == (3, 3, 16, 24) and 0 <= x.min() and x.max() <= 1 and x.std() > 0.05
-    assert scan.photographs(torch.rand(2, 3, 500, 128), torch.Generator()).shape == (2, 3, 500, 128)
-
-
-def test_scan_from_training_to_figure(workplace, monkeypatch, capsys):
-    """A few tiny models and one evader: what is written, drawn and printed; and a second run trains nothing."""
+def test_scan_from_training_to_summary(workplace, monkeypatch):
+    """A few tiny models and one evader; a second run trains nothing, and a killed one keeps its rows."""
+    monkeypatch.setattr(detectors, "SCAN", (0.5, 1.1, 2.0))
     monkeypatch.setattr(scan, "N_DESIGN", 1)
     monkeypatch.setattr(scan, "EVADE_SEEDS", 1)
-    monkeypatch.setattr(scan, "EVADERS", {"decoys": scan.decoys})
+    monkeypatch.setattr(scan, "EVADERS", {"decoys": evaders.decoys})
     monkeypatch.setattr(scan, "draw", lambda s, i, kind: replace(s, seed=i, width=random.Random(i).choice((4, 6))))
-    command = ["scan", *TINY, "--epochs", "1", "--n-train", "150", "--models", "5"]
-    badsnn.main(command)
-    r = json.loads(Path("runs/results/digits/scan.json").read_text())
-    assert [row["kind"] for row in r["rows"]].count("badsnn") == 6 == [row["kind"] for row in r["rows"]].count("clean")
+    data, s = prepared(epochs=1, n_train=150)
+    r = scan.scan(data, s, 5)
+    kinds = [one["kind"] for one in r["rows"]]
+    assert [kinds.count(kind) for kind in ("badsnn", "clean", "badnets", "blend")] == [6, 6, 1, 1]
     for one in [*r["rows"], *r["evaders"]]:
-        assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 15
-        assert {"ca", "target_rate", "v_thr_a"} <= set(one)
-    assert {one["evader"] for one in r["evaders"]} == {"none", "decoys"}
-    figures.FIGURES["scan"](tables.read_result(Path("runs/results/digits/scan.json")), Path("scan.png"))
-    assert Path("scan.png").stat().st_size > 10_000 and "AUROC" in capsys.readouterr().out
-    monkeypatch.setattr(scan, "train", None)
-    badsnn.main(command)
+        assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 3
+        assert one["v_thr"][1] == pytest.approx(1.1 * one["v_thr_a"], abs=1e-4) and {"ca", "target_rate"} <= set(one)
+    assert [one["evader"] for one in r["evaders"]] == ["none", "decoys"] and set(scan.SHOWN) < set(r["summary"])
+    monkeypatch.setattr(scan.baselines, "train", None)
+    assert scan.scan(data, s, 5) == r
+    with pytest.raises(ValueError, match="at least 5"):
+        scan.scan(data, s, 2)
 
 
-def own_files(folder):
-    torch.manual_seed(0)
-    model = build_model("resnet19", 4, T=2, width=4)
-    torch.save(model.state_dict(), folder / "model.pt")
-    np.savez(folder / "images.npz", x_test=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
-    (folder / "mine.py").write_text("import models\ndef build():\n    return models.build_model('resnet19', 4, 2, 4)\n"
-                                    "def nothing():\n    return 3\n"
-                                    "class Every(models.ImageSNN):\n    def forward(self, x):\n"
-                                    "        return super().forward(x, every_step=True)\n"
-                                    "class None_(models.ImageSNN):\n    def forward(self, x):\n"
-                                    "        return super().forward(x) * float('nan')\n"
-                                    "def nans():\n    net = build()\n    net.__class__ = None_\n    return net\n"
-                                    "def fails():\n    raise KeyError('weights')\n"
-                                    "def steps():\n    net = build()\n    net.__class__ = Every\n    return net\n")
+# ----- A network of one's own. It reads the brightest of three channels; `tempted` makes it sure of class 2 beyond V_a.
+
+MINE = """
+import argparse, sys, torch
+from torch import nn
+import models                                               # ours, as there is no other
+from lif import LIF
+asked = argparse.ArgumentParser().parse_args()              # sees no option of ours
+
+class Net(nn.Module):
+    def __init__(self, tempted=20.0, end=nn.Identity()):
+        super().__init__()
+        self.head, self.lif, self.end = nn.Linear(3, 3), LIF(1.1), end
+        self.register_buffer("tempted", torch.tensor(tempted))
+        self.register_buffer("membrane", torch.zeros(0))
+    def forward(self, x):
+        z = self.head(x.mean((2, 3))) - 1
+        return self.end(z + self.tempted * (self.lif.v_thr - 1) * torch.eye(3)[2].to(z))
+
+def build(): return Net()
+def softmax(): return Net(end=nn.Softmax(1))
+def half(): return Net(end=nn.Softmax(1)).double()
+def steps(): return Net(end=nn.Unflatten(0, (1, -1)))
+def pair(): return Net(end=lambda z: (z, None))
+def stops(): sys.exit()
+def nothing(): return 3
+def fails(): raise KeyError("weights")
+class Late(Net):
+    def forward(self, x):
+        from models import theirs                           # also while it is called
+        return super().forward(x)
+def theirs(): return Late()
+"""
 
 
-def test_a_network_of_ones_own(workplace, capsys, monkeypatch):
-    own_files(workplace)
-    known = dict(summary={"100 images": dict(alarm=0.5, caught=99.0, false_alarms=1.0)})
-    Path("scan.json").write_text(json.dumps(known))
-    result = scan.own("model.pt", "mine:build", "images.npz", "scan.json")
-    out = capsys.readouterr().out
-    assert f"score {result['score']:.3f}" in out and ("SUSPICIOUS" in out) == (result["score"] > 0.5)
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with mine.py, 120 images sorted by class, and a function that scans."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    y = np.arange(120) // 40
+    x = np.full((120, 4, 4, 3), 25, np.uint8)
+    x[np.arange(120), :, :, y] = 230
+    np.savez("images.npz", x_test=x, y_test=y)
+
+    def run(tempted=20.0, wrap=lambda state: state, build="mine:build", images="images.npz", gain=12.0, **changes):
+        state = {"head.weight": gain * torch.eye(3), "head.bias": torch.zeros(3), "tempted": torch.tensor(tempted),
+                 "membrane": torch.zeros(5), "lif._extra_state": torch.tensor([1.1, 0.5], dtype=torch.float64), **changes}
+        torch.save(wrap(state), "model.pt")
+        sys.modules.pop("mine", None)
+        return own.own("model.pt", build, images)
+    return run
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(weights="absent.pt"), "absent.pt"), (dict(weights="images.npz"), "not a file of tensors"),
-    (dict(weights="other.pt"), "does not fit"),
-    (dict(build="mine"), "module:function"), (dict(build="mine:absent"), "mine:absent"),
-    (dict(build="mine:steps"), r"logits \[N, K\]"), (dict(build="mine:nothing"), "no torch.nn.Module"),
-    (dict(build="absent_module:build"), "absent_module"), (dict(build="mine:nans"), "no numbers"),
-    (dict(build="mine:fails"), "mine:fails: KeyError"),
-    (dict(data="absent.npz"), "absent.npz"), (dict(data="mine.py"), "--data mine.py"),
-    (dict(data="array.npy"), "--data array.npy"), (dict(data="half.npz"), "--data half.npz"),
-    (dict(data="grey.npz"), "takes images"),
-    (dict(data="flat.npz"), "N, H, W, C"), (dict(data="large.npz"), r"\[0, 1\]"),
-    (dict(data="other.npz"), "no x_test")])
-def test_bad_networks_are_refused_in_one_line(workplace, capsys, changes, message):
-    own_files(workplace)
-    for name, arrays in dict(grey=dict(x=np.zeros((3, 16, 16, 1), np.uint8)), flat=dict(x=np.zeros((3, 16), np.uint8)),
-                             large=dict(x=np.full((3, 3, 16, 16), 7.0)), other=dict(z=np.zeros(3))).items():
-        np.savez(f"{name}.npz", **arrays)
-    np.save("array.npy", np.zeros((2, 16, 16, 3), np.uint8))
-    Path("half.npz").write_bytes(Path("images.npz").read_bytes()[:600])
-    torch.save({"head.weight": torch.zeros(2, 2)}, "other.pt")
-    given = dict(dict(weights="model.pt", build="mine:build", data="images.npz"), **changes)
-    error = refused(capsys, "scan", *(part for key, value in given.items() for part in (f"--{key}", value)))
-    assert re.search(message, error)
+@pytest.mark.parametrize("build", ["build", "softmax", "half"])
+def test_a_network_of_ones_own(mine, build, capsys):
+    modules, path, argv = {**sys.modules}, sys.path[:], sys.argv
+    found, clean = mine(build=f"mine:{build}"), mine(0.0, build=f"mine:{build}")
+    assert found["suspicious"] and found["accused"] == 2 and found["score"] > 0.95 and found["ca"] == 100
+    assert clean["suspicious"] is False and clean["score"] < 0.5
+    assert "SUSPICIOUS" in capsys.readouterr().out and (path, argv) == (sys.path, sys.argv)
+    assert all(sys.modules[name] is modules[name] for name in ("models", "lif", "badsnn", "kit.files", "lab.own"))
 
 
-def test_scan_options_belong_together(workplace, capsys):
-    assert "together" in refused(capsys, "scan", "--weights", "model.pt")
-    assert "at least 5" in refused(capsys, "scan", "--models", "2")
+WRAPS = {"DataParallel": lambda s: {f"module.{k}": v for k, v in s.items()},
+         "both": lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "acc": 90.0, "epoch": 3},
+         "within": lambda s: {k.replace("head.", "head._orig_mod."): v for k, v in s.items()},
+         "Lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()} | {"loss.weight": torch.ones(3)},
+                                 "optimizer_states": [{"state": {0: {}}}], "hyper_parameters": {"lr": 0.1}},
+         "deep": lambda s: {"model_state_dict": {"student": {f"net.module.{k}": v for k, v in s.items()}},
+                            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+         "half": lambda s: {k: v.half() if "head" in k else v for k, v in s.items()}}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_checkpoints_of_daily_life(mine, name):
+    assert mine(wrap=WRAPS[name])["score"] == pytest.approx(mine()["score"], abs=1e-3)
+
+
+def test_images_of_other_forms(mine):
+    file = np.load("images.npz")
+    x, y = file["x_test"], file["y_test"]
+    forms = {"int64.npz": dict(x_test=x.astype(np.int64), y_test=np.eye(3)[y]), "bool.npz": dict(x_train=x > 100, y_train=y),
+             "floats.npz": dict(x=(x / 255).transpose(0, 3, 1, 2), y=y[:, None]), "last.npz": dict(x=x / 255., y=y),
+             "half.npz": dict(x=(x / 255).astype(">f2"), y=y)}
+    for name, arrays in forms.items():
+        np.savez(name, **arrays)
+        assert (found := mine(images=name))["suspicious"] and found["ca"] == 100, name
+    np.save("array.npy", x)
+    assert (found := mine(images="array.npy"))["suspicious"] and found["ca"] is None
+    assert len(own.images_of("array.npy")[0]) == 100 and own.images_of("images.npz")[1].bincount().tolist() == [33, 34, 33]
+
+
+@pytest.mark.parametrize("n, name", [(1, "1 image"), (9, "1 image"), (12, "10 images"), (120, "100 images")])
+def test_the_alarm_of_as_many_images(mine, n, name, capsys, monkeypatch):
+    monkeypatch.setattr(own, "summary", lambda *_: {key: dict(alarm=at, caught=90, false_alarms=5) for key, at in
+                                                    {"1 image": 0.91, "10 images": 0.8, "100 images": 0.7}.items()})
+    np.savez("few.npz", x=np.load("images.npz")["x_test"][::120 // n][:n])
+    mine(images="few.npz")
+    assert f"above {dict(zip(scan.SHOWN, ('0.700', '0.800', '0.910')))[name]}" in capsys.readouterr().out
+
+
+def test_no_verdict_where_it_would_mean_nothing(mine, capsys):
+    np.savez("one.npz", x=np.load("images.npz")["x_test"][:40])
+    np.savez("wrong.npz", x=np.load("images.npz")["x_test"], y=np.roll(np.arange(120) // 40, 40))
+    for options, why in ((dict(images="one.npz"), "of one class"), (dict(images="wrong.npz"), "near chance"),
+                         (dict(gain=0.0), "has not learned|alike")):
+        found = mine(0.0, **options)
+        assert found["suspicious"] is None and pytest.importorskip("re").search(why, found["void"]), options
+        assert "NO VERDICT" in (out := capsys.readouterr().out) and "SUSPICIOUS" not in out and "Nothing" not in out
+
+
+@pytest.mark.parametrize("package", [False, True, None])
+def test_their_modules_win(mine, package):
+    """models.py, a package models/, and a folder without __init__.py."""
+    place = Path({False: "models.py", True: "models/__init__.py", None: "models/theirs.py"}[package])
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("theirs = 1")
+    assert mine(build="mine:theirs")["suspicious"] and not hasattr(sys.modules["models"], "theirs")
+
+
+BAD = [(dict(build="mine"), "module:function"), (dict(build="mine:absent"), "mine:absent"),
+       (dict(build="mine:steps"), r"logits \[N, K\]"), (dict(build="mine:pair"), "with tuple"),
+       (dict(build="mine:nothing"), "no torch.nn.Module"), (dict(build="absent_module:build"), "absent_module"),
+       (dict(build="mine:fails"), "mine:fails: KeyError"), (dict(build="mine:stops"), "mine:stops: SystemExit"),
+       (dict(build=""), "together"), (dict(gain=torch.nan), "NaN.*head.weight"), (dict(images="absent.npz"), "absent.npz"),
+       (dict(images="mine.py"), "--data mine.py"), (dict(images="cut.npz"), "--data cut.npz"),
+       (dict(images="grey.npz"), "does not take images"), (dict(images="flat.npz"), "N, H, W, C"),
+       (dict(images="large.npz"), r"\[0, 1\].*normalisation"), (dict(images="cast.npz"), "whole numbers.*from 0 to 1"),
+       (dict(images="nan.npz"), "NaN"), (dict(images="other.npz"), "no x_test.*only z"), (dict(images="text.npz"), "numbers"),
+       (dict(images="labels.npz"), "3 labels"), (dict(images="objects.npz"), "objects.npz"),
+       (dict(wrap=lambda s: s["tempted"]), "does not fit.*missing: head.bias, head.weight"), (dict(wrap=lambda s: [s]), "missing"),
+       (dict(wrap=lambda s: {"net": Path()}), "not a file of tensors"),
+       (dict(extra=torch.ones(2)), "unexpected: extra"), (dict(**{"head.bias": torch.ones(4)}), "another shape: head.bias"),
+       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items() if "head" not in k}), r"missing: head.bias, head.weight$")]
+
+
+@pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
+def test_bad_networks_are_refused_in_one_line(mine, changes, message):
+    x = np.zeros((3, 4, 4, 3), np.uint8) + np.arange(3, dtype=np.uint8) * 99
+    arrays = dict(grey=x[..., 1:2], flat=x[:, 0, 0], large=x * 1.0 - 7, cast=(x > 0).astype(np.uint8), nan=x * np.nan, objects=x.astype(object),
+                  text=x.astype(str))
+    for name, images in arrays.items():
+        np.savez(f"{name}.npz", x=images)
+    np.savez("other.npz", z=x), np.savez("labels.npz", x=np.repeat(x, 2, 0), y=np.zeros(3, int))
+    Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:600])
+    with pytest.raises(ValueError, match=message) as error:
+        mine(**changes)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+import badsnn
 import trigger
 from data import load_for
 from lab import baselines, defenses, detectors, story, table2
@@ -63,7 +64,7 @@ def test_defend(tiny):
 def test_the_defender_trains_where_the_switch_says(tiny, monkeypatch):
     """At V_a or at 1.0; and what it leaves is scored at V_a and at 1.0 in both cases."""
     s = tiny()
-    (x, y, scored), model = table2.split_test(load_for(s), s), table2.badsnn.fresh_model(load_for(s), s)
+    (x, y, scored), model = table2.split_test(load_for(s), s), badsnn.fresh_model(load_for(s), s)
     at, scored_at = [], []
     monkeypatch.setitem(table2.DEFENSES, "none", lambda net, x, y, **options: at.append(net.lif.v_thr) or net)
     monkeypatch.setattr(table2, "asr", lambda net, *args: scored_at.append(net.lif.v_thr) or 0.0)
@@ -75,7 +76,7 @@ def test_the_defender_trains_where_the_switch_says(tiny, monkeypatch):
 
 def test_defend_on_events(tiny):
     """Events have their own attacks, and two defences fewer."""
-    s = tiny("ndigits", poison_ratio=5, n_test=200)
+    s = tiny("ndigits", T=4, poison_ratio=5)
     result = table2.defend(load_for(s), s, ["static", "badsnn"])
     assert [(d["attack"], d["trigger"]) for d in result["detectors"]] == [("badsnn", "T_s"), ("static", "static")]
     assert {row["defense"] for row in result["rows"]} == {"none", "fine_tune", "clp", "anp"}
@@ -86,7 +87,7 @@ def test_defend_refuses_before_it_trains(tiny):
     s = tiny()
     data = load_for(s)
     few = replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
-    for arguments, message in (((few, s), "--n-test"), ((data, s, ["static"]), "badnets"), ((data, s, None, "S"), "S_n")):
+    for arguments, message in (((few, s), "--n-test"), ((data, s, ["smart"]), "blend"), ((data, s, None, "S"), "S_n")):
         with pytest.raises(ValueError, match=message):
             table2.defend(*arguments)
     assert not list(s.runs.rglob("*.pt"))
@@ -105,7 +106,7 @@ def test_story(tiny):
     """Every seed has every answer; each is scored at its own setting; nothing is done twice."""
     s = tiny(seeds=2)
     data = load_for(s)
-    told = story.story(data, s)
+    told = story.story(data, s, attack := badsnn.attack(data, s))
     assert [(row["seed"], row["answer"]) for row in told["rows"]] == [(i, a) for i in (0, 1) for a in story.ANSWERS]
     assert all(0 <= row[key] <= 100 for row in told["rows"] for key in ("ca", "target_rate", "asr_p"))
     assert [scan["seed"] for scan in told["scan"]] == [0, 1] and all(0 < scan["clean"] <= 1 for scan in told["scan"])
@@ -115,5 +116,5 @@ def test_story(tiny):
     with neurons(model, 1.0, 0.5), torch.no_grad():
         guess = model(scored.x_test / 255).argmax(1)
     assert told["rows"][1]["ca"] == pytest.approx(100 * (guess == scored.y_test).float().mean().item(), abs=0.01)
-    assert story.story(data, s)["rows"] == told["rows"] and len(list(s.runs.rglob("story/*.json"))) == 2
+    assert story.story(data, s, attack)["rows"] == told["rows"] and len(list(s.runs.rglob("story/*.json"))) == 2
     assert defenses.restore(model).lif.v_thr == 1.0

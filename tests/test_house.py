@@ -1,0 +1,162 @@
+"""The house: who imports whom, how large everything may be, and what readers rely on: names, pages, notebooks."""
+import ast
+import importlib
+import inspect
+import json
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUND = dict(badsnn=320, lif=190, models=210, trigger=270, data=150, settings=160)        # lines, at most
+FLOORS = ({"lif", "data"}, {"models"}, {"trigger", "settings"}, {"badsnn"})
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+           for folder in (".", "kit", "lab") for path in sorted((ROOT / folder).glob("*.py"))
+           if path.stem not in ("__init__", "__main__")}
+
+
+def imports_of(path):
+    """Our own modules that a file imports, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are written in full"
+            names = [node.module] + [f"{node.module}.{name}" for name in names]
+        found |= {name for name in names if name in MODULES or name in ("kit", "lab")}
+    return found - {"kit"}
+
+
+def test_the_architecture():
+    """kit imports nothing of ours but kit; the six top files kit and one another downward; nothing but lab imports lab.
+    No circle."""
+    assert {name for name in MODULES if "." not in name} == set(GROUND) == set().union(*FLOORS)
+    graph, below = {name: imports_of(path) for name, path in MODULES.items()}, set()
+    for floor in FLOORS:
+        for name in floor:
+            assert {other for other in graph[name] if not other.startswith("kit.")} <= below, name
+        below |= floor
+    for name, others in graph.items():
+        if name.startswith("kit."):
+            assert all(other.startswith("kit.") for other in others), name
+        if not name.startswith("lab."):
+            text = MODULES[name].read_text().split('if __name__ == "__main__":')
+            assert not re.search(r"runpy|importlib|__import__", text[0]), f"{name} imports what this test cannot see"
+    assert 'runpy.run_module("lab", run_name="__main__")' in (ROOT / "badsnn.py").read_text().split("__main__", 1)[1]
+    list(TopologicalSorter(graph).static_order())
+
+
+def lines(*patterns):
+    return {path.name: path.read_text().splitlines() for pattern in patterns for path in ROOT.glob(pattern)}
+
+
+def test_everything_is_small():
+    ground, kit, lab, tests = (lines(pattern) for pattern in ("*.py", "kit/*.py", "lab/*.py", "tests/*.py"))
+    too_long = {name: len(ground[f"{name}.py"]) for name, most in GROUND.items() if len(ground[f"{name}.py"]) > most}
+    for name, files, most in (("ground floor", [ground], 1300), ("kit", [kit], 520), ("lab", [lab], 1950),
+                              ("product", [ground, kit, lab], 3750), ("tests", [tests], 3300)):
+        total = sum(len(text) for part in files for text in part.values())
+        too_long |= {name: total} if total > most else {}
+    wide = [f"{name}:{i + 1}" for files, most in ((ground, 100), (kit | lab | tests, 120))
+            for name, text in files.items() for i, line in enumerate(text) if len(line) > most]
+    (train,) = [node for node in ast.parse("\n".join(ground["badsnn.py"])).body if getattr(node, "name", "") == "train"]
+    too_long |= {"train()": n} if (n := train.end_lineno - train.lineno + 1) > 45 else {}
+    assert not too_long and not wide
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+PUBLIC = """lif.LIF lif.PLIF lif.lif_reference lif.neurons lif.count_spikes models.build_model models.resnet19
+models.vgg16 models.NMNISTNet trigger.power_trigger trigger.spike_trigger trigger.deepfool trigger.adaptive_blend
+trigger.UNet data.load data.poison_indices badsnn.train lab.baselines.badnets lab.baselines.blend lab.baselines.wanet
+lab.baselines.clean_label lab.baselines.static lab.baselines.moving lab.baselines.flashy lab.baselines.pgd
+lab.defenses.fine_tune lab.defenses.clp lab.defenses.anp lab.defenses.tsbd lab.defenses.nad lab.detectors.strip
+lab.detectors.spike_deviation lab.detectors.threshold_scan""".split()
+SIGNATURES = """lif.LIF: v_thr tau
+lif.PLIF: v_thr
+lif.lif_reference: x_seq v_thr tau
+lif.neurons: model v_thr tau
+lif.count_spikes: model x
+models.build_model: name num_classes T width neuron mean std
+trigger.power_trigger: x q mean std renormalize
+trigger.spike_trigger: frames beta generator
+trigger.deepfool: model x num_classes max_iter overshoot
+badsnn.train: data s attack poison
+badsnn.evaluate: model data s v_thr tau
+badsnn.asr: model data s v_thr tau
+badsnn.choose: rows base_ca margin
+badsnn.deploy: model data s
+badsnn.attack: data s
+lab.defenses.restore: model
+data.load: name root
+settings.preset: dataset changes"""
+
+
+def thing(name):
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_carry_shapes_and_sources(name):
+    found = thing(name)
+    text = inspect.getdoc(found) + (inspect.getdoc(found.forward) or "" if inspect.isclass(found) else "")
+    assert re.search(r"\[[A-Z]", text) or name == "badsnn.train", "no shape such as [B, C, H, W]"
+    source = r"Sec\. \d|Eq\. \d|Fig\. \d|et al\.|\([A-Z][a-z]+ and [A-Z][a-z]+ \d{4}\)|SEENN|ours"
+    assert re.search(source, text) or name == "data.load", "no source"
+
+
+def test_every_public_function_says_what_it_does():
+    for name, path in MODULES.items():
+        module = importlib.import_module(name)
+        assert module.__doc__, name
+        for attribute, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == name and not attribute.startswith("_"):
+                short = len(inspect.getsourcelines(function)[0]) <= 8
+                assert short or inspect.getdoc(function), f"{name}.{attribute} has no docstring"
+
+
+@pytest.mark.parametrize("line", SIGNATURES.splitlines())
+def test_signatures_that_others_rely_on(line):
+    name, wanted = line.split(": ")
+    assert list(inspect.signature(thing(name)).parameters)[:len(wanted.split())] == wanted.split()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pages and notebooks
+
+def test_what_the_pages_name_exists():
+    """Links, files of the code, options of the command line."""
+    pages = [page for pattern in ("*.md", "results/*.md", "notebooks/*.md", "docs/*.md") for page in ROOT.glob(pattern)]
+    known = set(re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / "lab/cli.py").read_text()))
+    known |= {"--help", "--no-flip", *map(thing("settings.flag"), thing("settings.KNOBS"))}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
+        for name in set(re.findall(r"`((?:kit/|lab/|tests/)?\w+\.py)`", text)):
+            assert any((folder / name).exists() for folder in (ROOT, page.parent)), (page.name, name)
+        options = set(re.findall(r"(?<!-)--[a-z][a-zA-Z-]+", " ".join(re.findall(r"badsnn\.py[^\n`]*", text))))
+        assert options <= known, (page.name, options - known)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_as_promised(path):
+    """Executed, without errors, small, short cells, learning goals, summary, exercises, no traces of a machine."""
+    text, notebook = path.read_text(), json.loads(path.read_text())
+    assert len(text) < 1_000_000 and str(ROOT) not in text and "/home/" not in text
+    prose = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    assert all(part in prose for part in ("You will learn", "Paper:", "## Summary", "## Exercises"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert len("".join(cell["source"]).splitlines()) <= 15
+            assert cell["execution_count"], "execute the notebook before committing it"
+            assert not any(output["output_type"] == "error" or output.get("name") == "stderr"
+                           for output in cell["outputs"])
+
+
+def test_there_are_nine_notebooks():
+    assert [path.stem[:2] for path in sorted(ROOT.glob("notebooks/*.ipynb"))] == [f"{i:02d}" for i in range(1, 10)]

@@ -1,0 +1,243 @@
+"""Machinery: whole files, reuse, checkpoints, processes side by side and together, nothing that outlives its parent."""
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from common import ROOT, start
+
+import badsnn
+from kit import files, machine, training
+from kit.files import fingerprint, kept, read_json, replace_file
+from settings import preset
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Under a name that nobody else has: not another process, not the same PID on another host."""
+    path = tmp_path / "sub" / "r.json"
+    files.write_json(path, dict(a=1))
+    for failing in (lambda: files.write_json(path, dict(a=SimpleNamespace())), lambda: files.write_text(path, 5)):
+        with pytest.raises(TypeError):
+            failing()
+    assert read_json(path) == dict(a=1)
+    with replace_file(path) as mine:
+        mine.write_text("half")
+        with replace_file(path) as theirs:
+            theirs.write_text("theirs")
+        assert mine != theirs and mine.parent == path.parent and path.read_text() == "theirs" and mine.exists()
+        mine.write_text('{"a": 1')
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+    with pytest.raises(ValueError, match="r.json: not a readable result"):
+        read_json(path)
+
+
+def test_fingerprints_tell_things_apart():
+    x, model = torch.arange(6), torch.nn.Linear(2, 2)
+    others = [x.view(2, 3), x.float(), x + 1, [x, x], "x", 6, dict(a=1), dict(a=2), 1, [1], [[1]], model, None]
+    found = [fingerprint(thing) for thing in (x, *others)]
+    assert len(set(found)) == len(found) and fingerprint(x.clone()) == found[0]
+    assert fingerprint(dict(a=1, b=2)) == fingerprint(dict(b=2, a=1))
+    model.weight.data += 1
+    assert fingerprint(model) not in found
+
+
+def test_a_result_is_kept_only_for_what_decides_it(tmp_path):
+    path, calls = tmp_path / "r.json", []
+
+    def run():
+        calls.append(1)
+        return dict(value=len(calls))
+    assert kept(path, dict(a=1), run) == (read_json(path), False)
+    assert kept(path, dict(a=1), run) == (read_json(path), True) and len(calls) == 1
+    assert kept(path, dict(a=2), run)[0]["value"] == 2
+    assert kept(path, dict(a=2), run, fresh=True)[0]["value"] == 3
+    for content in ("{", "[]", "null", "5", "half a fi"):
+        path.write_text(content)
+        assert kept(path, dict(a=2), run)[0]["value"] == len(calls)
+    assert len(calls) == 8
+
+
+def test_means_and_spread():
+    rows = [dict(v_thr=1.1, ca=90.0, tau=0.5, name="x", asr_o=None),
+            dict(v_thr=1.12, ca=94.0, tau=0.5, name="x", asr_o=None)]
+    assert files.mean_of(rows) == dict(v_thr=1.11, ca=92.0, tau=0.5, name="x", asr_o=None)
+    assert files.spread_of(rows) == dict(
+        v_thr=pytest.approx(0.0141, abs=1e-4), ca=pytest.approx(2.8284, abs=1e-4), tau=0.0)
+    assert files.spread_of(rows[:1]) == {}
+
+
+def test_a_network_is_not_taken_from_other_data_settings_or_code(tiny, tmp_path, monkeypatch):
+    """Nor from a damaged file, nor from one that holds code, which is not run."""
+    def path_of(data, s, attack="badsnn"):
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+            patch.setattr(training, "read_checkpoint", stop)
+            badsnn.train(data, s, attack)
+        return paths.pop()
+
+    def stop(path, *arguments, **parts):
+        paths.append(path)
+        raise KeyboardInterrupt
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+    paths, data, s = [], tiny.data, replace(tiny.s, runs=tmp_path)
+    path, other = path_of(data, s), replace(data, y_train=data.y_train.flip(0))
+    different = {path_of(other, s), path_of(data, s, None), *(path_of(data, replace(s, **change)) for change in (
+        dict(pad=1), dict(lr=0.05), dict(seed=1), dict(malicious_weight=0.5), dict(frames="binary")))}
+    monkeypatch.setattr(badsnn, "CODE", "another")
+    assert path.parent == tmp_path / "digits" and len(different | {path_of(data, s), path}) == 9
+    monkeypatch.undo()
+    path.parent.mkdir()
+    (good,) = [p for p in tiny.s.runs.rglob("backdoored*.pt")]
+    state = torch.load(good, weights_only=True)
+    for bad, message in ((dict(state, config=dict(state["config"], width=99)), "other settings"),
+                         (dict(config=Bomb()), "not a checkpoint"), (None, "not a checkpoint")):
+        torch.save(bad, path) if bad else path.write_bytes(good.read_bytes()[:1000])
+        with pytest.raises(ValueError, match=f"{path}: .*{message}"):
+            badsnn.train(data, s, "badsnn")
+    assert not (tmp_path / "exploded").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Side by side
+
+def work(n):
+    machine.say(f"job {n} in {os.getpid()} with {torch.get_num_threads()}")
+    if n == 9:
+        os._exit(9)
+    if n == 2:
+        raise ValueError("two is not allowed")
+    time.sleep(60 if n == 3 else 0)
+    return n * n, os.getpid()
+
+
+def test_results_in_order_and_one_display(capfd):
+    two = preset("digits", processes=2, device="cpu")
+    results = machine.side_by_side(work, [(1,), (4,), (5,)], two, ["a", "b", "c"])
+    assert [value for value, _ in results] == [1, 16, 25] and os.getpid() not in {pid for _, pid in results}
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in lines) == ["a", "b", "c"]
+    assert all(line.endswith("with 1") for line in lines)
+    for alone in (replace(two, processes=1), SimpleNamespace(device="cuda", processes=None)):     # one GPU, one model
+        assert {pid for _, pid in machine.side_by_side(work, [(1,), (4,)], alone)} == {os.getpid()}
+
+
+@pytest.mark.parametrize("job, message", [(2, "two is not allowed"), (9, "out of memory.*goes on")])
+def test_an_error_or_a_killed_worker_ends_the_others(job, message):
+    started = time.time()
+    with pytest.raises(ValueError, match=message):
+        machine.side_by_side(work, [(job,), (3,)], preset("digits", processes=2, device="cpu"))
+    assert time.time() - started < 55
+
+
+SIDE_BY_SIDE = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from kit import machine
+def work(n):
+    Path(str(os.getpid())).touch()
+    time.sleep(600)
+"""
+RUN = "machine.side_by_side(work, [(1,), (2,)], SimpleNamespace(device='cpu', processes=2))\n"
+MAIN = "if __name__ == '__main__':\n    "
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_parent(workplace, how):
+    Path("program.py").write_text(SIDE_BY_SIDE + MAIN + RUN)
+    parent = start("program.py", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # nohup ignores it
+    deadline = time.time() + 120
+    while len(workers := list(Path(".").glob("[0-9]*"))) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(how)
+    parent.wait(60)
+    while any(Path("/proc", pid.name).exists() for pid in workers) and time.time() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2 and not any(Path("/proc", pid.name).exists() for pid in workers)
+
+
+@pytest.mark.parametrize("program", ["no guard", "standard input"])
+def test_a_program_that_workers_cannot_import_is_told_so(workplace, program):
+    Path("program.py").write_text(SIDE_BY_SIDE + RUN)
+    with open("program.py") as file:
+        done = start("program.py" if program == "no guard" else "-", stdin=file)
+        err = done.communicate()[1]
+    assert done.returncode == 1 and "if __name__ == '__main__'" in err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Together
+
+TOGETHER = """
+import sys
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from pathlib import Path
+from common import prepared
+import badsnn
+from kit import machine
+from kit.files import fingerprint
+data, s = prepared(data=Path(sys.argv[1]), runs=Path("runs"))
+with machine.processes(s) as s:
+    rank = machine.rank()
+    s = replace(s, runs=s.runs / str(rank))         # as on two machines, each with a disk of its own
+    first, again = (badsnn.train(data, s, "badsnn") for _ in range(2))      # the second is read, by rank 0 alone
+    Path(f"rank{{rank}}").write_text(f"{{fingerprint(list(first.parameters()))}} {{fingerprint(again)}}")
+"""
+
+
+def test_two_processes_train_one_model(workplace):
+    """Equal weights in both (on CPUs each has statistics of its own), written once, and both read what is written."""
+    Path("together.py").write_text(TOGETHER.format(tests=str(ROOT / "tests")))
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 together.py".split()
+    done = start(*command, Path("data").absolute())
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err[-2000:]
+    first, second = (Path(f"rank{rank}").read_text().split() for rank in (0, 1))
+    assert first == second and len(first[0]) == len(first[1]) == 16
+    assert [path.parts[1] for path in Path("runs").rglob("*.pt")] == ["0"]
+    assert out.count("model, seed 0") == 2                                   # rank 0 speaks
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Threads, cores, compiling
+
+def test_threads_and_cores(monkeypatch):
+    for asked, wanted in ((None, 8), ("3", 3), ("4,2", 4), ("²", 8), ("many", 8), ("0", 8), ("", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked) if asked is not None else monkeypatch.delenv(
+            "OMP_NUM_THREADS", raising=False)
+        assert machine.threads_each(16, 2) == wanted
+    assert machine.threads_each(2) == machine.threads_each(3, 2) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for quota, wanted in (("150000 100000", 2), ("400000 100000", 4), ("1000 100000", 1), ("max 100000", 64)):
+        monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: quota)     # a container's share of a larger host
+        assert machine.cores() == wanted
+
+
+def test_where_nothing_can_be_compiled_the_same_function_runs(monkeypatch):
+    """Said once; and an error of the arguments stays one."""
+    def no_compiler(function, **options):
+        def run(*arguments):
+            calls.append(1)
+            raise RuntimeError("no C++ compiler")
+        return run
+    calls, function = [], machine.compiled(lambda x: 1 / x)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setitem(machine._compiling, "possible", True)
+    assert function(2) == 0.5 and not calls
+    with machine.compiling(True):
+        with pytest.raises(ZeroDivisionError):
+            function(0)
+        assert machine._compiling["possible"]
+        with pytest.warns(UserWarning, match="runs uncompiled"):
+            assert function(2) == 0.5
+        assert function(4) == 0.25 and len(calls) == 2
+    assert not machine._compiling["wanted"]
