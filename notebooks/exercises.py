@@ -10,6 +10,7 @@ torch and the standard library, and use `lif.LIF` and `lif.neurons`; of the othe
 
 Shapes: images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34], labels y are integers [B].
 `model(images)` returns logits [B, K]. v_thr is a neuron's threshold and tau the share of v that is left one step later.
+A function leaves its arguments as they are.
 """
 import torch  # noqa: F401  for your answers
 import torch.nn.functional as F  # noqa: F401
@@ -97,7 +98,7 @@ def answers(rates):
 # 6. Table 1 -------------------------------------------------------------------------------------------------
 
 def choose_v_a(rows, base_ca, margin):
-    """Our rule for Eq. 8. rows: dicts with v_thr, ca, asr_p, target_rate, in any order.
+    """Our rule for Eq. 8. rows: dicts with v_thr, ca, asr_p, target_rate, in any order; these you may edit.
 
     1. The best CA is the largest of base_ca and all rows' ca. 2. Go up from the smallest v_thr and stop BEFORE the
     first row whose ca is less than the best CA minus margin. 3. Among the rows passed, find the best (largest) gain,
