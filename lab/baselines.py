@@ -1,10 +1,5 @@
 """The other attacks of Table 2 (Sec. 4.3), and four on events: their triggers, and how each poisons the training set.
 
-    x_trig = badnets(x)                          also blend(x), wanet(x), clean_label(x)
-    frames = static(frames)                      also moving(frames), smart(frames, plan), flashy(frames)
-    model = train(data, s, "badnets")            a network that was attacked so
-    t = trigger_of("badnets", data, s)           its trigger
-
 Images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, H, W], and so is what comes back. Unlike
 BadSNN, these attacks change training samples, most of them labels as well, and work at the nominal threshold.
 """
@@ -28,45 +23,38 @@ EVENT_ATTACKS = ("static", "moving", "smart", "flashy")
 
 
 def badnets(x, size=3):
-    """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner.
-    Images [B, C, H, W] -> the same."""
+    """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner of x [B, C, H, W]."""
     x = floats(x).clone()
     x[..., -size:, -size:] = 1
     return x
 
 
 def blend(x, alpha=0.2, seed=0):
-    """Blended (Chen et al. 2017): (1 - alpha) x + alpha * pattern, a fixed pattern of uniform noise drawn from the
-    seed. Images [B, C, H, W] in [0, 1] -> the same."""
+    """Blended (Chen et al. 2017): (1 - alpha) x + alpha * a fixed pattern of uniform noise. x: [B, C, H, W]."""
     pattern = torch.rand(x.shape[1:], generator=generator(seed, "pattern of Blended")).to(x.device)
     return (1 - alpha) * floats(x) + alpha * pattern
 
 
 def wanet_field(size, k=4, seed=0):
-    """WaNet's smooth displacements for images of size (H, W): [1, H, W, 2], x before y. k x k random vectors,
-    scaled to a mean absolute value of 1, then enlarged."""
+    """WaNet's smooth displacements, [1, H, W, 2], x before y: k x k random vectors of mean size 1, enlarged."""
     coarse = torch.rand(1, 2, k, k, generator=generator(seed, "field of WaNet")) * 2 - 1
     coarse = coarse / coarse.abs().mean()
     return F.interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 
 def wanet(x, field=None, s=0.5):
-    """WaNet (Nguyen and Tran 2021): a smooth warp, hardly visible. Images [B, C, H, W] in [0, 1] -> the same. field:
-    from wanet_field, fixed for a whole attack (None: that of seed 0). s: strength; 1 moves a pixel by half its size on
-    average in each direction.
+    """WaNet (Nguyen and Tran 2021): a smooth warp of x [B, C, H, W] by a field from wanet_field, fixed for an attack
+    (None: that of seed 0). s: strength; 1 moves a pixel by half its size on average in each direction."""
     # differs from the source: without its noise mode, in which other samples are warped by other fields
-    """
-    field = wanet_field(x.shape[2:]).to(x.device) if field is None else field.to(x.device)
-    H, W = field.shape[1:3]
-    rows, columns = torch.linspace(-1, 1, H, device=x.device), torch.linspace(-1, 1, W, device=x.device)
-    identity = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)
-    grid = (identity + s * field / torch.tensor([W, H], device=x.device)).clamp(-1, 1).expand(len(x), -1, -1, -1)
+    H, W = x.shape[2:]
+    field = wanet_field((H, W)) if field is None else field
+    identity = F.affine_grid(torch.eye(2, 3)[None], (1, 1, H, W), align_corners=True)
+    grid = (identity + s * field.cpu() / torch.tensor([W, H])).clamp(-1, 1).expand(len(x), -1, -1, -1).to(x.device)
     return F.grid_sample(floats(x), grid, mode="bilinear", align_corners=True).clamp(0, 1)
 
 
 def clean_label(x):
-    """Label-consistent attack (Turner et al. 2019): a 3x3 black-and-white pattern in all four corners, mirrored on
-    the right. Images [B, C, H, W] in [0, 1] -> the same. Training images are also made hard to learn, with pgd."""
+    """Label-consistent attack (Turner et al. 2019): a black-and-white pattern in all corners of x [B, C, H, W]."""
     corner = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]], device=x.device)
     pattern = torch.zeros(x.shape[2:], device=x.device)
     pattern[:3, :3] = pattern[-3:, :3] = corner
@@ -75,8 +63,7 @@ def clean_label(x):
 
 
 def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
-    """Projected gradient descent (Madry et al. 2018), untargeted: raises the loss of y [B] within eps of x in every
-    pixel. Images [B, C, H, W] in [0, 1] -> perturbed images; the neuron setting is the model's own."""
+    """Projected gradient descent (Madry et al. 2018): raises the loss of y [B] within eps of x [B, C, H, W]."""
     noise = torch.rand(x.shape, generator=generator(seed, "start of PGD", fingerprint(x))).to(x.device) * 2 - 1
     x_adv = (x + eps * noise).clamp(0, 1)
     with frozen(model):
@@ -87,61 +74,53 @@ def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
     return x_adv
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Attacks on event data. Frames hold event counts [B, T, 2, H, W], OFF before ON. A trigger REPLACES what an area holds.
-
-def polarities(polarity, frames):
-    """What a marked pixel holds, [2, 1, 1]: no event (polarity 0), one ON event (1), one OFF event (2), or both (3)."""
-    return frames.new_tensor([polarity // 2, polarity % 2]).view(2, 1, 1)
-
+# ----- Attacks on events. Frames hold counts [B, T, 2, H, W], OFF before ON. A trigger REPLACES what an area holds.
 
 def stamp(frames, corners, polarity=1, size=3):
-    """A square of size x size pixels in every step t, its upper left pixel at corners[t] = (y, x). Frames
-    [B, T, 2, H, W] -> the same."""
+    """A square of size x size pixels on frames [B, T, 2, H, W] in the steps of corners {t: (y, x) of its upper left}.
+    A marked pixel holds no event (polarity 0), one ON event (1), one OFF event (2), or both (3)."""
     frames = floats(frames).clone()
-    for t, (y, x) in enumerate(corners):
-        frames[:, t, :, y:y + size, x:x + size] = polarities(polarity, frames)
+    for t, (y, x) in corners.items():
+        frames[:, t, :, y:y + size, x:x + size] = frames.new_tensor([polarity // 2, polarity % 2]).view(2, 1, 1)
     return frames
 
 
 def static(frames, polarity=1, size=3):
-    """Sneaky Spikes (Abad et al. 2024), static: one ON event per step in every pixel of a square in the upper left
-    corner (3 pixels: a tenth of the sensor's side). Frames [B, T, 2, H, W] -> the same."""
-    return stamp(frames, [(0, 0)] * frames.shape[1], polarity, size)
+    """Sneaky Spikes (Abad et al. 2024), static: a square of ON events, upper left, in every step of [B, T, 2, H, W]."""
+    return stamp(frames, {t: (0, 0) for t in range(frames.shape[1])}, polarity, size)
 
 
 def moving(frames, polarity=1, size=3):
-    """Sneaky Spikes (Abad et al. 2024), moving: the square of `static` stands size + 2 pixels further to the right in
-    every step, and after three steps in the corner again. Frames [B, T, 2, H, W] -> the same.
+    """Sneaky Spikes (Abad et al. 2024), moving: that square jumps right twice, then starts anew. [B, T, 2, H, W]."""
     # differs from the source: its third place is at 2 * size + 2 pixels, and it leaves the last step unmarked
-    """
-    return stamp(frames, [(0, t % 3 * (size + 2)) for t in range(frames.shape[1])], polarity, size)
+    return stamp(frames, {t: (0, t % 3 * (size + 2)) for t in range(frames.shape[1])}, polarity, size)
+
+
+def flashy(frames, polarity=1, on=1, off=1):
+    """Flashy Backdoor (Riano et al. 2024): a strobe: ON events all over [B, T, 2, H, W] in `on` steps, then `off`."""
+    # differs from the source, which poisons no sample of the target class; see Poison
+    lit = [t for t in range(frames.shape[1]) if t % (on + off) < on]
+    return stamp(frames, dict.fromkeys(lit, (0, 0)), polarity, size=max(frames.shape[3:]))
 
 
 def smart(frames, plan, size=3):
-    """Sneaky Spikes (Abad et al. 2024), smart: a square where the recordings are quietest, of the polarity that is
-    rarest there. plan: see smart_plan. Frames [B, T, 2, H, W] -> the same."""
-    return stamp(frames, plan[:, :2].tolist(), plan[0, 2].item(), size)
+    """Sneaky Spikes (Abad et al. 2024), smart: a square on frames [B, T, 2, H, W] where smart_plan says."""
+    return stamp(frames, dict(enumerate(plan[:, :2].tolist())), plan[0, 2].item(), size)
 
 
 def smart_plan(x, seed=0, busiest=False, fields=3, size=3):
-    """Where `smart` marks: y, x and polarity for every step, int64 [T, 3], found on training frames x [N, T, 2, H, W].
-
-    Of fields x fields parts of the sensor the one with the fewest active pixels, or with `busiest` the most; of the
-    four polarities that a pixel can show in a step (see polarities) the one that is rarest there. In that part the
-    square walks at random, two pixels per step up or down and two to the left or right, inside the part and at least
-    its own size away from the upper and the left edge.
-    # differs from the source: the quietest part, an option there (--least), is the default here, as in the busiest one
-    # the square drowns among pixels that hold several events; one plan for training and test, where the source draws
-    # a new walk for each; counts above 1 are active, too, and all four polarities are counted in pixels
-    """
+    """Where `smart` marks: y, x and polarity of every step, int64 [T, 3], from training frames x [N, T, 2, H, W].
+    Of fields x fields parts of the sensor the one with the fewest active pixels (busiest: the most), and the polarity
+    that is rarest there. In it the square walks at random, two pixels per step up or down and left or right, at least
+    its own size away from the upper and the left edge."""
+    # differs from the source: the quietest part (there --least), as in the busiest one the square drowns among events;
+    # one plan for training and test, where it draws two; counts above 1 are active, too; polarities count in pixels
     shown = 2 * (x[:, :, 0] > 0) + (x[:, :, 1] > 0).long()                          # [N, T, H, W], 0 to 3
     side, rng = x.shape[-1] // fields, generator(seed, "walk of the smart trigger")
     counts = {(i, j): shown[..., i * side:(i + 1) * side, j * side:(j + 1) * side].flatten().bincount(minlength=4)
               for i in range(fields) for j in range(fields)}
     part = (max if busiest else min)(counts, key=lambda field: counts[field][1:].sum())
-    place = torch.randint(size, side - size + 1, (2,), generator=rng)
-    plan = []
+    plan, place = [], torch.randint(size, side - size + 1, (2,), generator=rng)
     for _ in range(x.shape[1]):
         step = 4 * torch.randint(2, (2,), generator=rng) - 2
         inside = (place + step >= size) & (place + step <= side - size)
@@ -150,25 +129,10 @@ def smart_plan(x, seed=0, busiest=False, fields=3, size=3):
     return torch.tensor(plan)
 
 
-def flashy(frames, polarity=1, on=1, off=1):
-    """Flashy Backdoor (Riano et al. 2024): a strobe light over the whole sensor. In `on` steps every pixel holds one ON
-    event (see polarities) and nothing else, in the next `off` steps what was there. Frames [B, T, 2, H, W] -> the same.
-    # differs from the source, which poisons no sample of the target class; see poison
-    """
-    frames = floats(frames).clone()
-    frames[:, [t for t in range(frames.shape[1]) if t % (on + off) < on]] = polarities(polarity, frames)
-    return frames
-
-
-# ---------------------------------------------------------------------------------------------------------
-# How they poison
-
 def train(data, s, attack):
-    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn").
-
-    A mark as faint as Blended's is not learned among images that lose contrast, so these attacks are trained without.
+    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn"), without
+    loss of contrast: a mark as faint as Blended's is not learned among images that lose it."""
     # differs from the source: WaNet also without shifts, whose black border it would bend, which no test image has
-    """
     if attack in (None, "badsnn"):
         return badsnn.train(data, s, attack)
     reference = badsnn.train(data, replace(s, fresh=False)) if attack == "clean_label" else None
@@ -183,20 +147,17 @@ def trigger_of(attack, data, s):
         return partial(wanet, field=field, s=4.0 if data.num_classes >= 100 else 2.0)
     if attack == "smart":
         return partial(smart, plan=smart_plan(hold_out(data)[0].x_train, s.seed))
-    plain = dict(badnets=badnets, blend=partial(blend, seed=s.seed), clean_label=clean_label, static=static,
-                 moving=moving, flashy=flashy)
-    return plain[attack]
+    return dict(badnets=badnets, blend=partial(blend, seed=s.seed), clean_label=clean_label, static=static,
+                moving=moving, flashy=flashy)[attack]
 
 
 class Poison:
-    """How one attack poisons a training set (badsnn.train calls both methods).
-
-    BadNets (Gu et al. 2017) and Blended mark 5 % of ALL samples, the attacks on events 10 %, of any class, and relabel
-    them as the target. Clean-label (Turner et al. 2019) marks 80 % of the TARGET CLASS, after PGD against `reference`,
-    a clean model, has made them hard to learn; labels stay right. WaNet warps and relabels 10 % of every batch anew.
+    """How one attack poisons a training set (badsnn.train calls both methods). BadNets (Gu et al. 2017) and Blended
+    mark 5 % of ALL samples, the attacks on events 10 %, and relabel them as the target. Clean-label (Turner et al.
+    2019) marks 80 % of the TARGET CLASS, made hard to learn by PGD against `reference`, a clean model; labels stay
+    right. WaNet warps and relabels 10 % of every batch anew."""
     # differs from the paper: which poisons 5 % for all; from clean-label's source: the reference is our clean spiking
     # network, not an adversarially trained ResNet
-    """
 
     def __init__(self, attack, data, s, reference=None):
         self.name, self.s, self.reference, self.trigger = attack, s, reference, trigger_of(attack, data, s)
@@ -222,10 +183,9 @@ class Poison:
         return x, y.where(~marked, self.s.target), marked
 
     def batch(self, x, y, marked, rng):
-        """Puts the trigger on the marked samples of a batch x [B, ...] (uint8); returns x, y [B], marked [B].
+        """Puts the trigger on the marked samples of a batch x [B, ...] (uint8); returns x, y [B], marked [B]."""
         # differs from the sources, which mark before the augmentation: here the mark comes last and is never shifted,
         # so it sits where the test puts it. This favours the attacker, who learns more from few images.
-        """
         x = x.clone()
         if self.name == "wanet":        # small batches: rounded up or down at random, right on average
             n = int(0.1 * len(x) + torch.rand((), generator=rng).item())

@@ -1,8 +1,4 @@
-"""The command line: python badsnn.py COMMAND --options. Options are made from the fields of settings.Settings.
-
-Results go to RESULTS/DATASET; one that is there already, made from the same data, settings and code, is read. Every
-foreseeable error ends in one line on stderr and exit code 2 (--debug: the traceback).
-"""
+"""The command line: python badsnn.py COMMAND --options, most of them made from the fields of settings.Settings."""
 import argparse
 import os
 import sys
@@ -24,6 +20,19 @@ COMMANDS = {"story": "one attack, what stops it, what gives it away", "attack": 
             "scan": "is a network backdoored? over many models, or over one of your own",
             "report": "figures and tables, from the results alone"}
 PLACES = dict(int="N", float="X", tuple="X", str="NAME", Path="FOLDER")         # what an option's value looks like
+ATTACKS = ("badsnn", *baselines.IMAGE_ATTACKS, *baselines.EVENT_ATTACKS)
+OWN = {         # the options of one command alone
+    "defend": {"--attacks": dict(nargs="+", choices=ATTACKS, default=None, metavar="ATTACK",
+                                 help=f"of {', '.join(ATTACKS)}; the last four are on events (default: all that fit)"),
+               "--defender-at": dict(choices=("S_a", "S_n"), default="S_a", help="the setting at which the defender "
+                                     "trains: as shipped, or nominal (default: S_a)")},
+    "ablate": {"--study": dict(choices=tuple(ablations.STUDIES), required=True, nargs="+", metavar="STUDY",
+                               help=f"one or more of {', '.join(ablations.STUDIES)}")},
+    "scan": {"--models": dict(type=int, default=40, metavar="N", help="digits: of each kind so many (default: 40)"),
+             "--weights": dict(metavar="FILE", default=None, help="a state_dict: scan this network instead"),
+             "--build": dict(metavar="MODULE:FUNCTION", default=None, help="the function that makes it; --data is then "
+                             "a file of images in [0, 1]")},
+    "report": {"--publish": dict(action="store_true", default=False, help="for maintainers: rewrite results/")}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +54,8 @@ def parse(argv=None):
         command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS, description=(
             f"{text[0].upper()}{text[1:]}. Defaults are those of --dataset {shown.dataset}."))
         command.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
-        add_own_options(command, name)
+        for option, how in OWN.get(name, {}).items():
+            command.add_argument(option, **how)
         sections = {group: command.add_argument_group(group) for group, _ in KNOBS.values()}
         for f in fields(Settings):
             if name != "report" or f.name == "results":
@@ -54,27 +64,6 @@ def parse(argv=None):
     chosen = {name: given.pop(name) for name in KNOBS if name in given}
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     return argparse.Namespace(**given), preset(chosen.pop("dataset", "digits"), **chosen)
-
-
-def add_own_options(command, name):
-    """What only one command knows."""
-    add, every = command.add_argument, ("badsnn", *baselines.IMAGE_ATTACKS, *baselines.EVENT_ATTACKS)
-    if name == "defend":
-        add("--attacks", nargs="+", choices=every, default=None, metavar="ATTACK",
-            help=f"of {', '.join(every)}; the last four are on events (default: all that fit)")
-        add("--defender-at", choices=("S_a", "S_n"), default="S_a",
-            help="the setting at which the defender trains: as shipped, or nominal (default: S_a)")
-    if name == "ablate":
-        add("--study", choices=tuple(ablations.STUDIES), required=True, nargs="+", metavar="STUDY",
-            help=f"one or more of {', '.join(ablations.STUDIES)}")
-    if name == "scan":
-        add("--models", type=int, default=40, metavar="N", help="digits: of each kind so many (default: 40)")
-        add("--weights", metavar="FILE", default=None, help="a state_dict: scan this network instead")
-        add("--build", metavar="MODULE:FUNCTION", default=None,
-            help="the function that makes it; --data is then a file of images in [0, 1]")
-    if name == "report":
-        add("--publish", action="store_true", default=False,
-            help="for maintainers: copy the results to results/ and write its tables")
 
 
 def add_option(section, f, value):
@@ -90,42 +79,50 @@ def add_option(section, f, value):
     section.add_argument(flag(f.name), help=text, **kind)
 
 
-# ----- The commands: each computes, writes and prints
-
-def describe(data, s):
-    """What a result must carry to mean anything."""
-    labels = hold_out(data)[0].y_train
-    n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
-    unused = dict.fromkeys(("q", "budget", "n_o", "epochs_o") if data.events else ("beta",))
-    return dict(s.of() | unused, dataset=data.name, note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
-                poison_ratio=round(n_poison / int((labels == s.target).sum()), 4), n_poison=n_poison,
-                device=machine.name_of(s.device), torch=torch.__version__)
-
-
 def folder_of(data, s):
-    """The folder of a data set's results, or of a variant's."""
     return s.results / (f"{data.name}_{s.variant}" if s.variant else data.name)
 
 
 def kept(name, data, s, compute, **more):
-    """compute(data, s)'s result from RESULTS/DATASET/name.json, if it is there, else made and written."""
+    """compute(data, s)'s result from RESULTS/DATASET/name.json, if it is there and was made from the same data,
+    settings and code, else made and written, with what it must carry to mean anything."""
     code = files.code_of("*.py", "kit/*.py", "lab/[!cfrt]*.py", "lab/table2.py")        # not what only prints
     inputs = files.fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, code)
     path, started = folder_of(data, s) / f"{name}.json", time.time()
+    labels = hold_out(data)[0].y_train
+    n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
+    about = dict(s.of(), dataset=data.name, note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
+                 poison_ratio=round(n_poison / int((labels == s.target).sum()), 4), n_poison=n_poison,
+                 device=machine.name_of(s.device), torch=torch.__version__)
+    about |= dict.fromkeys(("q", "budget", "n_o", "epochs_o") if data.events else ("beta",))      # not used
 
     def run():
-        result = compute(data, s)
-        return dict(describe(data, s) | result, seconds=round(time.time() - started, 1))
+        return about | compute(data, s) | dict(seconds=round(time.time() - started, 1))
     result, earlier = files.kept(path, dict(s.of(), **more, name=name, inputs=inputs), run, s.fresh)
     say(f"finished earlier (--fresh runs it again): {path}" if earlier else f"written: {path}")
     return result
 
 
-def run_attack(options, data, s):
-    result = kept("attack", data, s, badsnn.attack)
-    if not data.events:
-        write_triggers(data, replace(s, fresh=False), result["runs"][0]["at_chosen"]["v_thr"])
-    report.print_attack(result)
+def run(options, data, s):
+    """One command, with its own options."""
+    again = replace(s, fresh=False)         # what a first step has just made
+    if options.command == "attack":
+        result = kept("attack", data, s, badsnn.attack)
+        if not data.events:
+            write_triggers(data, again, result["runs"][0]["at_chosen"]["v_thr"])
+        report.print_attack(result)
+    elif options.command == "story":
+        attack = kept("attack", data, s, badsnn.attack)
+        report.print_story(kept("story", data, again, partial(story.story, attack=attack)), folder_of(data, s))
+    elif options.command == "defend":
+        chosen = dict(attacks=options.attacks, defender_at=options.defender_at)
+        kept("defend", data, s, partial(table2.defend, **chosen), **chosen)
+    elif options.command == "ablate":
+        for study in dict.fromkeys(options.study):
+            kept(study, data, s, lambda data, s: ablations.ablate(data, s, [study])[study])
+    elif options.command == "scan":
+        compute = partial(scan.scan, n_models=options.models)
+        report.print_scan(kept("scan", data, s, compute, models=options.models))
 
 
 def write_triggers(data, s, v_thr):
@@ -142,29 +139,6 @@ def write_triggers(data, s, v_thr):
     shown = {name: to_uint8(x).permute(0, 2, 3, 1).cpu() for name, x in images.items()}
     answers = {f"answers_{name}": badsnn.predict(model, stored, s, v_thr, s.tau_a, t) for name, t in triggers.items()}
     files.write_arrays(path, **shown, **answers)
-
-
-def run_story(options, data, s):
-    attack = kept("attack", data, s, badsnn.attack)
-    told = kept("story", data, replace(s, fresh=False), partial(story.story, attack=attack))
-    report.print_story(told, folder_of(data, s))
-
-
-def run_defend(options, data, s):
-    chosen = dict(attacks=options.attacks, defender_at=options.defender_at)
-    kept("defend", data, s, partial(table2.defend, **chosen), **chosen)
-
-
-def run_ablate(options, data, s):
-    for study in dict.fromkeys(options.study):
-        kept(study, data, s, lambda data, s: ablations.ablate(data, s, [study])[study])
-
-
-def run_scan(options, data, s):
-    report.print_scan(kept("scan", data, s, partial(scan.scan, n_models=options.models), models=options.models))
-
-
-RUN = dict(attack=run_attack, story=run_story, defend=run_defend, ablate=run_ablate, scan=run_scan)
 
 
 def main(argv=None):
@@ -184,7 +158,7 @@ def main(argv=None):
         torch.set_num_threads(machine.threads_each(machine.cores()))
         with machine.processes(s) as s:
             data = machine.first_alone(load_for, s)
-            RUN[options.command](options, data, s)
+            run(options, data, s)
     except BrokenPipeError:         # `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

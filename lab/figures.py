@@ -1,21 +1,14 @@
-"""Sec. 4's figures, from results alone. FIGURES has each by the name of its JSON file.
-
-    FIGURES["attack"](r, path)          draws read_result("DATASET/attack.json") into an image file
-
-CA: accuracy without trigger. ASR, target_rate: share answered as the target with and without trigger. All in percent.
-A curve has its name at its end; bands go from the lowest to the highest seed.
-"""
+"""Sec. 4's figures, from results alone. FIGURES["attack"](r, path) draws r, read from an attack.json, into a file."""
 import contextlib
 from functools import partial
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from kit.files import replace_file
+from kit.files import mean_of, replace_file
 from kit.machine import say
-from lab.tables import mean, span, table2_lines, unique, unreadable
+from lab.tables import cell, mean, span, table2_lines, unique, unreadable
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150}
 # How each quantity is called and drawn: line and marker tell them apart in grey, too
@@ -23,7 +16,8 @@ LOOKS = {
     "ca": ("right class (CA)", "o-", "black"), "target_rate": ("target, no trigger", "s:", "0.45"),
     "asr_p": ("target, T_p", "^-", "tab:red"), "asr_p_clean_model": ("target, T_p, clean model", "x--", "tab:blue"),
     "asr_o": ("target, T_o", "^-", "tab:red"), "asr_o_clean_model": ("target, T_o, clean model", "x--", "tab:blue"),
-    "read": ("right class, clean model", "o:", "black")}
+    "read": ("right class, clean model", "o:", "black"), "none": ("no trigger", "o-", "black"),
+    "T_p": ("T_p", "^-", "tab:red"), "T_p re-normalised": ("T_p re-normalised", "v--", "tab:orange")}
 
 
 @contextlib.contextmanager
@@ -38,53 +32,62 @@ def drawing(path, size, title, shape=(1, 1), **options):
     say(f"written: {path}")
 
 
-def titled(r, more=""):
+def titled(r, more):
     """A figure's title: data set, network, seeds, and what else must be known."""
-    n = len({row["seed"] for row in r["rows"] if "seed" in row} or r.get("runs", "1"))
+    n = len(r["runs"]) if "runs" in r else len({row.get("seed") for row in r["rows"]})
     seeds = f"mean of {n} seeds" if n > 1 else f"seed {r['seed']}"
     return f"{r['dataset']}: {r['model']}, width {r['width']}, {r['n_train']:,} training samples, {seeds}{more}"
 
 
-def lines_of(rows, keys, trigger="T_p"):
-    """Lines for curves(): quantities of rows, as LOOKS has them."""
-    return [(rows, key, (LOOKS[key][0].replace("T_p", trigger), *LOOKS[key][1:])) for key in keys.split()]
-
-
-def curves(axis, x, lines, point=None, **labels):
-    """Lines (rows, key, (name, style, colour)) of row[key] over row[x]: means of rows with equal x, a band where these
-    differ, the name at the right end. point: a row that every line goes through, with a circle: as shipped."""
-    axis.set(**dict(dict(ylabel="percent of test samples", ylim=(-4, 104)), **labels))
-    ends = []
-    for rows, key, (name, style, color) in lines:
-        known = {place: [row[key] for row in rows if row[x] == place] for place in sorted(unique(rows, x))}
-        lowest, highest = ([f(values) for values in known.values()] for f in (min, max))
-        axis.fill_between(list(known), lowest, highest, color=color, alpha=0.1, linewidth=0)
-        line = {place: np.mean(values) for place, values in known.items()}
+def curves(axis, x, rows, keys, point=None, trigger="T_p", **labels):
+    """row[key] over row[x] for each of the keys, as LOOKS has them: means of rows with equal x, a band from the lowest
+    to the highest of these. point: a row that every line goes through, with a circle."""
+    axis.set(**dict(ylabel="percent of test samples", ylim=(-4, 104)) | labels)
+    for key in keys:
+        name, style, color = LOOKS[key]
+        places = sorted({row[x] for row in rows if key in row})
+        known = [[row[key] for row in rows if row[x] == place and key in row] for place in places]
+        axis.fill_between(places, [min(v) for v in known], [max(v) for v in known], color=color, alpha=0.1, linewidth=0)
+        line = {place: np.mean(values) for place, values in zip(places, known)}
         if point:       # in the place of a threshold of the curve that is nearly the same
             line = {place: value for place, value in line.items() if abs(place - point[x]) > 0.005}
             line[point[x]] = point[key]
             axis.plot(point[x], point[key], "o", markersize=11, markerfacecolor="none", color=color)
-        axis.plot(*zip(*sorted(line.items())), style, color=color, markersize=4)
-        ends.append((line[max(line)], name, color))
-    low, high = axis.get_ylim()
-    gap, height = 0.09 * (high - low), -np.inf
-    for i, (end, name, color) in enumerate(sorted(ends)):
-        height = min(max(end, height + gap), high - gap * (len(ends) - 0.8 - i))
-        axis.annotate(name, (1.02, height), xycoords=("axes fraction", "data"), va="center", color=color)
+        axis.plot(*zip(*sorted(line.items())), style, color=color, markersize=4, label=name.replace("T_p", trigger))
+    bands = "bands: range of seeds" if len(known[0]) > 1 else None
+    axis.legend(title=bands, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
+
+
+def numbers(path, size, title, panels, shape=(1, 1), **labels):
+    """Tables of shaded numbers, {title: cells}. cells: {(row, column): (percent, its text, a colour map, or None where
+    it is pale)}. All have the same rows and columns."""
+    with drawing(path, size, title, shape, sharex=True, sharey=True) as axes:
+        for axis, (name, cells) in zip(axes.flat, panels.items()):
+            rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
+            shades = np.ones((len(rows), len(columns), 3))
+            for (row, column), (value, text, colors) in cells.items():
+                i, j = rows.index(row), columns.index(column)
+                shades[i, j], ink = 0.92, "0.55"
+                if colors:
+                    shades[i, j] = matplotlib.colormaps[colors](value / 130)[:3]
+                    ink = "white" if value > 75 else "black"
+                axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink)
+            axis.pcolormesh(shades, edgecolors="white")
+            axis.set(xticks=np.arange(len(columns)) + 0.5, xticklabels=columns, yticks=np.arange(len(rows)) + 0.5,
+                     yticklabels=rows, ylim=(len(rows), 0), title=name, **labels)
+            axis.label_outer()
 
 
 def figure_attack(r, path):
     """Table 1, or the story, as a picture, a panel per trigger: CA and the shares answered as the target."""
-    told, trigger = r.get("attack", r), "T_p" if r["q"] else "T_s"
+    told = r.get("attack", r)
     rows, at = [row for run in told.get("runs", [told]) for row in run["rows"]], told["at_chosen"]
-    panels = [lines_of(rows, "ca target_rate asr_p asr_p_clean_model", trigger)]
-    if at["asr_o"] is not None:
-        panels.append(lines_of(rows, "ca target_rate asr_o asr_o_clean_model"))
-    bands = "; bands: lowest to highest seed" if len(told.get("runs", [])) > 1 else ""
-    title = titled(r, f"\nshipped at {at['v_thr']:.2f}; all {r['n_test']:,} test samples{bands}")
+    panels = ["asr_p"] if at["asr_o"] is None else ["asr_p", "asr_o"]
+    title = titled(r, f"\nshipped at {at['v_thr']:.2f}; all {r['n_test']:,} test samples")
     with drawing(path, (5.4 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
-        for axis, lines in zip(axes, panels):
-            curves(axis, "v_thr", lines, at, xlabel="threshold in use (trained at 1.0); circles: as shipped")
+        for axis, key in zip(axes, panels):
+            keys = "ca", "target_rate", key, f"{key}_clean_model"
+            curves(axis, "v_thr", rows, keys, at, "T_p" if r["q"] else "T_s", xlabel="V_a; circles: as shipped")
 
 
 def figure_triggers(folder):
@@ -97,8 +100,7 @@ def figure_triggers(folder):
         raise unreadable(folder / "triggers.npz", error) from None
     shown["t_o - clean"] = change = (shown["t_o"] - shown["clean"]).mean(-1)
     most, n = abs(change).max(), len(change)
-    title = "numbers: the network's answer; " if answers else ""
-    title += f"last row: blue is darker, red is brighter, by up to {most:.2f} of the range"
+    title = f"below: the network's answer, where known; last row: blue is darker, red brighter, by up to {most:.2f}"
     with drawing(folder / "triggers.png", (0.95 * n + 1, 4.4), title, (4, n)) as axes:
         for line, (name, images) in zip(axes, shown.items()):
             line[0].set_ylabel(name.replace("t_", "T_"), rotation=0, ha="right", va="center")
@@ -109,118 +111,75 @@ def figure_triggers(folder):
 
 def figure_threshold(r, path):
     """Fig. 2: accuracy and spike count of a clean model against v_thr."""
-    looks = {"none": ("no trigger", "o-", "black"), "T_p": ("T_p", "^-", "tab:red"),
-             "T_p re-normalised": ("T_p re-normalised", "v--", "tab:orange")}
-    rows = {name: [row for row in r["rows"] if row["trigger"] == name] for name in looks}
-    most = max(row["spikes"] for row in r["rows"])
-    panels = [("ca", "accuracy, %", 104), ("spikes", "spikes per sample", 1.04 * most)]
     with drawing(path, (10, 3), f"{r['dataset']}, clean model, q = {r['q']:g}", (1, 2)) as [axes]:
-        for axis, (key, label, top) in zip(axes, panels):
-            curves(axis, "v_thr", [(rows[name], key, looks[name]) for name in looks], ylabel=label, ylim=(0, top),
-                   xlabel="threshold of all neurons (trained at 1.0)")
+        for axis, key, label in ((axes[0], "ca", "accuracy, %"), (axes[1], "spikes", "spikes per sample")):
+            rows = [{"v_thr": row["v_thr"], row["trigger"]: row[key]} for row in r["rows"]]
+            curves(axis, "v_thr", rows, unique(r["rows"], "trigger"), xlabel="threshold of all neurons", ylabel=label,
+                   ylim=(0, 1.04 * max(row[key] for row in r["rows"])))
 
 
 def figure_heatmap(r, path):
     """Fig. 3: what T_p gains over no trigger, ASR_p - target_rate, over (V_a, tau_a), a map per malicious threshold."""
-    v_thr_t, v_thr, tau = (sorted(unique(r["rows"], key)) for key in ("v_thr_t", "v_thr", "tau"))
-    title = titled(r, f"\nASR_p - target_rate; grey: CA more than {r['margin']:g} points below its best")
-    with drawing(path, (7.4, 1.9 * len(v_thr_t) + 0.7), title, (len(v_thr_t), 1), sharex=True) as axes:
-        for [axis], malicious in zip(axes, v_thr_t):
-            cells = {(row["v_thr"], row["tau"]): row for row in r["rows"] if row["v_thr_t"] == malicious}
-            gain = {at: row["asr_p"] - row["target_rate"] for at, row in cells.items()}
-            best = max(row["ca"] for row in cells.values())
-            usable = {at: row["ca"] >= best - r["margin"] for at, row in cells.items()}
-            axis.set_facecolor("0.88")
-            axis.pcolormesh(v_thr, tau, [[gain[x, y] if usable[x, y] else np.nan for x in v_thr] for y in tau],
-                            shading="nearest", cmap="Reds", vmin=0, vmax=130, edgecolors="white")
-            for (x, y), value in gain.items():
-                dark = "white" if value > 75 else "black"
-                axis.text(x, y, round(value), ha="center", va="center", color=dark if usable[x, y] else "0.5")
-            axis.set(ylabel="tau_a", yticks=tau, title=f"trained with V_t = {malicious:g}")
-        axis.set_xticks(v_thr, [f"{v:g}" for v in v_thr], rotation=45)
-        axis.set_xlabel("deployed threshold V_a")
+    panels = {}
+    for row in sorted(r["rows"], key=lambda row: (row["v_thr_t"], -row["tau"], row["v_thr"])):
+        best = max(other["ca"] for other in r["rows"] if other["v_thr_t"] == row["v_thr_t"])
+        gain, color = row["asr_p"] - row["target_rate"], "Reds" if row["ca"] >= best - r["margin"] else None
+        cells = panels.setdefault(f"trained with V_t = {row['v_thr_t']:g}", {})
+        cells[row["tau"], row["v_thr"]] = gain, str(round(gain)), color
+    title = titled(r, f"\nASR_p - target_rate; pale: CA more than {r['margin']:g} points below its best")
+    numbers(path, (6.4, 1.9 * len(panels) + 0.7), title, panels, (len(panels), 1), xlabel="V_a", ylabel="tau_a")
 
 
-def figure_study(r, path, x, keys, xlabel, tick, split=None, xscale="linear"):
-    """Figs. 4a and 4b, and T_p's strength: quantities over x, a panel for every value of row[split]. tick: the text
+def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscale="linear"):
+    """Figs. 4a, 4b and 6, and T_p's strength: quantities over x, a panel for every value of row[split]. tick: the text
     below a row's place. Dotted in Fig. 4b: how far DeepFool goes to the target, pale on a clean model."""
-    panels, names = unique(r["rows"], split) if split else [""], {False: "T_p as in Eq. 3", True: "T_p re-normalised"}
+    panels = unique(r["rows"], split) if split else [None]
     title = titled(r, f"\nV_a = {span(unique(r['rows'], 'v_thr'))}")
     with drawing(path, (5.8 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
-        for axis, value in zip(axes, panels):
+        for axis, value, name in zip(axes, panels, titles):
             rows = [row for row in r["rows"] if not split or row[split] == value]
-            curves(axis, x, lines_of(rows, keys), xscale=xscale, xlabel=xlabel, title=names.get(value))
+            curves(axis, x, rows, keys.split(), xscale=xscale, xlabel=xlabel, title=name.format(**mean_of(rows)))
             axis.set_xticks([row[x] for row in rows], [tick.format(**row) for row in rows])
             axis.minorticks_off()
             for key, color in (("l2_deepfool", "black"), ("l2_deepfool_clean_model", "0.7")):
-                axis.axvline(rows[0].get(key) or 0, visible=key in rows[0], color=color, linestyle=":", zorder=0)
-
-
-def figure_plif(r, path):
-    """Fig. 6: LIF against PLIF, whose tau is learned, over the deployed thresholds."""
-    lines, more = [], "\nmean tau:"
-    for neuron, color in (("lif", "black"), ("plif", "tab:purple")):
-        rows = [dict(row, gain=row["asr_p"] - row["target_rate"]) for row in r["rows"] if row["neuron"] == neuron]
-        lines += [(rows, "ca", (f"{neuron.upper()}: CA", "o-", color)),
-                  (rows, "gain", (f"{neuron.upper()}: ASR_p - target_rate", "^--", color))]
-        more += f" {neuron.upper()} {mean(rows, 'mean_tau'):.2f},"
-    more += f" clean models under T_p: at most {max(row['asr_p_clean_model'] for row in r['rows']):.1f} % target"
-    with drawing(path, (6, 3), titled(r, more)) as [[axis]]:
-        curves(axis, "v_thr", lines, xlabel="deployed threshold V_a", ylabel="percent")
+                if key in rows[0]:
+                    axis.axvline(rows[0][key], color=color, linestyle=":", zorder=0)
 
 
 def figure_events(r, path):
-    """The study of events, means and (pale) seeds: attacks that poison, at S_n; BadSNN at V_a = 1.2."""
-    looks = dict(asr=("ASR", "^", "tab:red"), asr_clean_model=("ASR, clean model", "x", "tab:blue"),
-                 target_rate=("target_rate", "|", "0.45"), ca=("CA", "o", "black"))
-    panels = {}         # title: trigger: rows
+    """The study of events: attacks that poison, at 1.0, and BadSNN at V_a = 1.2; every seed where they differ much."""
+    lines, cells = {}, {}
     for row in r["rows"]:
-        title = f"BadSNN, V_a 1.2, {row['frames']}" if "badsnn" in row["attack"] else "attacks that poison, threshold 1"
-        if not row["attack"].endswith(("own V_a", "V_a 1.1")) and (row["T"], row["neuron"]) == (r["T"], r["neuron"]):
-            panels.setdefault(title, {}).setdefault(row["trigger"], []).append(row)
-    with drawing(path, (3.5 * len(panels), 3.3), titled(r), (1, len(panels))) as [axes]:
-        for axis, (title, of) in zip(axes, panels.items()):
-            for key, (label, marker, color) in looks.items():
-                for place, rows in enumerate(of.values()):
-                    axis.plot([row[key] for row in rows], [-place] * len(rows), marker, color=color, alpha=0.25, ms=4)
-                axis.plot([mean(rows, key) for rows in of.values()], -np.arange(len(of)), marker, color=color,
-                          label=label, markerfacecolor="none")
-            axis.set(xlim=(-3, 103), xlabel="percent", title=title)
-            axis.set_yticks(-np.arange(len(of)), of)
-        axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        if (row["T"], row["neuron"]) == (r["T"], r["neuron"]) and row["attack"] in (row["trigger"], "badsnn, V_a 1.2"):
+            name = row["trigger"] if row["attack"] == row["trigger"] else f"BadSNN, {row['frames']}, {row['trigger']}"
+            lines.setdefault(name, []).append(row)
+    for name, rows in lines.items():
+        for key, color in dict(ca="Blues", target_rate="Greys", asr="Reds", asr_clean_model="Reds").items():
+            cells[name, key] = mean(rows, key), cell(rows, key, digits=0), color
+    numbers(path, (7, 0.25 * len(lines) + 1), titled(r, ", percent"), {"BadSNN at V_a = 1.2, the others at 1.0": cells})
 
 
 def figure_defend(r, path):
     """Table 2 at a glance: CA and ASR after every defence, BadSNN also with the threshold set back."""
-    lines, defenses = [line for line in table2_lines(r) if "clean model" not in line[0]], unique(r["rows"], "defense")
-    title = titled(r, "\npale numbers: the attack was not learned, or the defence destroyed the network (half its CA)")
-    with drawing(path, (12, 0.34 * len(lines) + 1.4), title, (1, 2), sharey=True) as [axes]:
-        for axis, key, colors in ((axes[0], "ca", "Blues"), (axes[1], "asr", "Reds")):
-            for i, (_, cells, learned, destroyed) in enumerate(lines):
-                for name, rows in cells.items():
-                    j, value, counts = defenses.index(name), mean(rows, key), learned and name not in destroyed
-                    shade = matplotlib.colormaps[colors](value / 130) if counts else "0.94"
-                    dark = "white" if value > 75 else "black"
-                    axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, edgecolor="white", facecolor=shade))
-                    axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=dark if counts else "0.6")
-            axis.set(xlim=(-0.5, len(defenses) - 0.5), ylim=(len(lines) - 0.5, -0.5), title=f"{key.upper()}, %")
-            axis.set_xticks(range(len(defenses)), [name.replace("_", " ") for name in defenses])
-            axis.set_yticks(range(len(lines)), [title for title, *_ in lines])
-            axis.tick_params(length=0)
-            axis.spines[:].set_visible(False)
+    lines, panels = [line for line in table2_lines(r) if "clean model" not in line[0]], {"CA": {}, "ASR": {}}
+    for name, cells, learned, destroyed in lines:
+        for defense, rows in cells.items():
+            for (title, panel), color in zip(panels.items(), ("Blues", "Reds")):
+                value, counts = mean(rows, title.lower()), learned and defense not in destroyed
+                panel[name, defense.replace("_", " ")] = value, f"{value:.0f}", color if counts else None
+    title = ", percent\npale: the attack was not learned, or the defence destroyed the network (half its CA)"
+    numbers(path, (12, 0.34 * len(lines) + 1.4), titled(r, title), panels, (1, 2))
 
 
 def figure_scan(r, path):
     """The threshold scan: the scores of all models, kind by kind, those of attackers who know the scan last."""
-    kinds, colors = {}, {"clean": "tab:blue", "badsnn": "tab:red"}
+    kinds = {}
     for row in [*r["rows"], *r["evaders"]]:
-        name = row.get("kind") or f"hides: {row['evader'].replace('_', ' ')}"
-        kinds.setdefault(name.replace("hides: none", "badsnn"), []).append(row["scores"]["100 images"])
-    title = f"{r['dataset']}: {len(r['rows']) + len(r['evaders'])} models"
-    with drawing(path, (6, 0.4 * len(kinds) + 1.1), title) as [[axis]]:
-        for place, (kind, scores) in enumerate(kinds.items()):
-            axis.plot(np.sort(scores), -place + np.linspace(-0.3, 0.3, len(scores)), "x" if kind == "clean" else "o",
-                      markersize=4, color=colors.get(kind, "0.35"))
+        kind = row.get("kind") or f"evader: {row['evader'].replace('_', ' ')}"
+        kinds.setdefault(kind, []).append(row["scores"]["100 images"])
+    with drawing(path, (6, 0.4 * len(kinds) + 1.1), f"{r['dataset']}, every model") as [[axis]]:
+        for place, scores in enumerate(kinds.values()):
+            axis.plot(np.sort(scores), -place + np.linspace(-0.3, 0.3, len(scores)), "o", markersize=4)
         if "summary" in r:
             axis.axvline(r["summary"]["100 images"]["alarm"], color="0.7", zorder=0)
             axis.set_title("line: the alarm")
@@ -230,10 +189,12 @@ def figure_scan(r, path):
 
 FIGURES = {
     "attack": figure_attack, "story": figure_attack, "threshold": figure_threshold, "heatmap": figure_heatmap,
-    "plif": figure_plif, "events": figure_events, "defend": figure_defend, "scan": figure_scan,
+    "events": figure_events, "defend": figure_defend, "scan": figure_scan,
     "poison": partial(figure_study, x="poison_ratio", keys="ca target_rate asr_p", xscale="log", xlabel="share of the "
                       "target class that is malicious; below: how many", tick="{poison_ratio:.0%}\n{n_poison}"),
     "magnitude": partial(figure_study, x="l2", keys="ca target_rate asr_o asr_o_clean_model", xlabel="length (L2) of "
                          "T_o's change; below: factor m; dotted: of DeepFool's", tick="{l2:.1f}\n{magnitude:g}"),
-    "power": partial(figure_study, x="q", keys="asr_p asr_p_clean_model target_rate read", split="renormalize",
-                     xscale="log", xlabel="exponent q", tick="{q:g}")}
+    "power": partial(figure_study, x="q", keys="asr_p asr_p_clean_model target_rate read", xscale="log", tick="{q:g}",
+                     xlabel="exponent q", split="renormalize", titles=("T_p as in Eq. 3", "T_p re-normalised")),
+    "plif": partial(figure_study, x="v_thr", keys="ca target_rate asr_p asr_p_clean_model", xlabel="threshold V_a",
+                    tick="{v_thr:g}", split="neuron", titles=["{neuron}, mean tau {mean_tau:.2f}"] * 2)}

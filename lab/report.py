@@ -1,10 +1,4 @@
-"""What the results say: every table and figure from results/ alone, and what commands print at their end.
-
-    report(Path("runs/results"))            every figure beside its JSON; prints Table 1
-    report(Path("runs/results"), True)      for maintainers: the same for the repository's results/, and its tables
-
-Nothing here trains or loads data. The tables are made in tables.py, the figures in figures.py.
-"""
+"""What the results say: every table and figure from results/ alone, and what commands print at their end."""
 import shutil
 
 from kit.files import ROOT, replace_file, write_text
@@ -13,19 +7,15 @@ from lab import tables
 from lab.figures import FIGURES, figure_triggers
 
 SHIPPED = ROOT / "results"      # the repository's own, which only publish=True changes
-TEXT1 = """# Table 1
-
-In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as the target
-without trigger, with T_p (events: T_s), with T_o. Clean model: without backdoor, same threshold and trigger; it reads:
-its accuracy on triggered samples at 1.0. Own: the V_a of each seed, chosen on held-out samples; other V_a and the last
-column, CA / ASR_p / ASR_o: the paper's. Mean ± standard deviation over seeds, or every seed where that is as large as
-the mean. First each data set's network with the highest held-out CA; then all; then what they were made with."""
-TEXT2 = """# Table 2
-
-CA / ASR / target_rate (see [Table 1](table1.md)) after each defence; behind an attack, the threshold in use. Brackets:
-the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back: to 1.0
-after the defence. Clean model: without backdoor, but shipped and repaired alike. Last column, without a defence: AUROC
-of STRIP and of the spike count; score of the threshold scan (1: suspicious); whether it accuses the target (1: yes)."""
+TEXT1 = """In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as
+the target without trigger, with T_p (events: T_s), with T_o. Clean model: without backdoor, same threshold and trigger;
+it reads: triggered samples it answers right, at 1.0. Own: the V_a of each seed, chosen on held-out samples; other V_a
+and the last column, CA / ASR_p / ASR_o: the paper's. Mean ± standard deviation over seeds, or every seed where that is
+as large as the mean."""
+TEXT2 = """CA / ASR / target_rate ([Table 1](table1.md)) after each defence, at the threshold behind an attack's name.
+Brackets: the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back:
+to 1.0 after the defence. Clean model: without backdoor, but shipped and repaired alike. Last column, without a defence:
+AUROC of STRIP and of the spike count; score of the threshold scan (1: suspicious); does it accuse the target (1)?"""
 
 
 def report(results, publish=False):
@@ -40,39 +30,28 @@ def report(results, publish=False):
             with replace_file(SHIPPED / path.relative_to(results)) as part:
                 shutil.copyfile(path, part)
         return report(SHIPPED, publish)
-    attacks, defends = ({path.parent.name: r for path, r in found.items() if path.stem == kind}
-                        for kind in ("attack", "defend"))
     for path, r in found.items():
-        draw(path, r, path.with_suffix(".png"))
+        try:
+            FIGURES[path.stem](r, path.with_suffix(".png"))
+        except (TypeError, AttributeError, LookupError) as error:       # a result of another shape
+            raise tables.unreadable(path, repr(error)) from None
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
-    print(f"\n{tables.as_text(tables.table1(attacks))}")
+    attacks = {path.parent.name: r for path, r in found.items() if path.stem == "attack"}
+    defends = {path.parent.name: r for path, r in found.items() if path.stem == "defend"}
+    table1 = tables.table1(attacks)
+    print(f"\n{tables.as_text(table1)}")
     if publish:
-        pages = {"table1": [TEXT1, tables.table_summary(attacks), tables.table1(attacks), tables.table_runs(attacks)],
-                 "table2": [TEXT2, tables.table2(defends)]}
-        for name, parts in pages.items():
-            write_text(SHIPPED / f"{name}.md", "\n\n".join(parts) + "\n")
-
-
-def draw(path, r, figure):
-    """The figure of the result r in path. Raises ValueError that names path where r is of another shape."""
-    try:
-        FIGURES[path.stem](r, figure)
-    except (TypeError, AttributeError, LookupError) as error:
-        raise tables.unreadable(path, repr(error)) from None
+        write_text(SHIPPED / "table1.md", f"# Table 1\n\n{TEXT1}\n\n{table1}\n\n{tables.table_runs(attacks)}\n")
+        write_text(SHIPPED / "table2.md", f"# Table 2\n\n{TEXT2}\n\n{tables.table2(defends)}\n")
 
 
 def print_attack(r):
-    """What `attack` prints: how it was made, the curve of Table 1, and the repository's own row beside it."""
-    found, path = {r["dataset"]: r}, SHIPPED / r["dataset"] / "attack.json"
-    lines = tables.table1(found, every=True).splitlines()
-    if path.exists():
-        lines.insert(3, tables.table1({"shipped with this repository": tables.read_result(path)}).splitlines()[2])
-    for table in (tables.table_runs(found), "\n".join(lines)):
+    """What `attack` prints: how it was made, and the curve of Table 1."""
+    found = {r["dataset"]: r}
+    for table in (tables.table_runs(found), tables.table1(found, every=True)):
         say(f"\n{tables.as_text(table, turned=True)}")
-    say("\nCA: percent right without trigger. ASR, target_rate: percent of the other classes answered as the target, "
-        "with and\nwithout trigger. Own: each seed at the V_a chosen on its held-out samples (Eq. 8). Clean model: "
-        "without backdoor, same\nthreshold, same trigger; it reads: its accuracy on triggered samples, at 1.0.")
+    say(f"\n{TEXT1}")
 
 
 def print_scan(r):
@@ -81,18 +60,17 @@ def print_scan(r):
         say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; score "
             f"{row['scores']['100 images']:.2f}, class {row['accused']} accused")
     for shown, at in r.get("summary", {}).items():
-        say("{0}: AUROC {auroc:.3f} (95 %: {interval}); alarm above {alarm:.2f}: {caught:.1f} % of the backdoored "
-            "models, {false_alarms:.1f} % of the clean ones".format(shown, **at))
+        say(f"{shown}: AUROC {tables.cell([at], 'auroc', digits=3)} (95 %: {at['interval']}); alarm above "
+            f"{at['alarm']:.2f}; caught / false alarms: {tables.cell([at], 'caught', 'false_alarms')} %")
     for name in tables.unique(r["evaders"], "evader"):
-        rows = [row | row["scores"] for row in r["evaders"] if row["evader"] == name]
-        cells = [tables.cell(rows, key) for key in ("ca", "target_rate", "asr_p", "asr_p_clean_model")]
-        say("hidden by {}: CA {}; target_rate {}; ASR_p {}, on a clean model {}; ".format(name, *cells)
-            + f"score {tables.cell(rows, '100 images', digits=2)}")
+        of = [row | row["scores"] for row in r["evaders"] if row["evader"] == name]
+        say(f"evader {name}: CA / target_rate / ASR_p {tables.cell(of, 'ca', 'target_rate', 'asr_p')}, of a clean "
+            f"model {tables.cell(of, 'asr_p_clean_model')}; score {tables.cell(of, '100 images', digits=2)}")
 
 
 def print_story(r, folder):
     """What `story` prints, and story.png in the folder: a table, and three sentences of numbers."""
-    at, scan, rows = r["attack"]["at_chosen"], r["scan"], []
+    rows, v_thr, scan = [], r["attack"]["at_chosen"]["v_thr"], r["scan"]
     titles = dict(none="as shipped", nominal="threshold set back", fine_tune="fine-tuned", anp="ANP",
                   anp_nominal="ANP, threshold set back", clean="clean model, shipped alike")
     for answer in tables.unique(r["rows"], "answer"):
@@ -100,8 +78,8 @@ def print_story(r, folder):
         rows.append([titles[answer], *(tables.cell(of, key) for key in ("ca", "target_rate", "asr_p", "asr_o"))])
     table = tables.markdown("network | right class (CA) | target, no trigger | target, T_p | target, T_o", rows)
     accused = ", ".join(str(one["accused"]) for one in scan)
-    scores = [tables.cell(scan, key, digits=2) for key in ("backdoored", "clean")]
-    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {at['v_thr']:.2f} instead of 1.0; percent of the test "
-        f"images less {r['n_defender']}, which the defender has.\nThe target is class {r['target']}; the threshold "
-        f"scan accuses class {accused}.\nIts score is {scores[0]}, of a clean network {scores[1]}.")
+    score = tables.cell(scan, "backdoored", "clean", digits=2)
+    say(f"\n{tables.as_text(table)}\n\nShipped at threshold {v_thr:.2f} instead of 1.0; percent of the test images less"
+        f" the defender's {r['n_defender']}.\nThe target is class {r['target']}; the threshold scan accuses class "
+        f"{accused}.\nIts score of the backdoored / a clean network: {score}.")
     FIGURES["story"](r, folder / "story.png")

@@ -1,9 +1,4 @@
-"""Sec. 4's tables, from results alone: ours in Markdown, the paper's numbers (results/paper.json) beside them.
-
-    print(as_text(table1({"digits": read_result(Path("results/digits/attack.json"))})))
-
-CA: accuracy without trigger. ASR, target_rate: share answered as the target with and without trigger. All in percent.
-"""
+"""Sec. 4's tables, from results alone: ours in Markdown, the paper's numbers (results/paper.json) beside them."""
 import itertools
 import json
 import re
@@ -37,13 +32,11 @@ def unreadable(path, reason):
 
 
 def data_set_of(name):
-    """A result's data set, by its folder's name: of a variant (cifar10_w48, nmnist-binary) the same."""
-    return re.split("[-_]", name)[0]
+    return re.split("[-_]", name)[0]        # a result's folder; of a variant (cifar10_w48, nmnist-binary) the same
 
 
 def in_order(found):
-    """Results by folder's name: in PRESETS' order, variants behind their data set, unknown ones last."""
-    place = {name: i for i, name in enumerate(PRESETS)}
+    place = {name: i for i, name in enumerate(PRESETS)}      # variants behind their data set, unknown ones last
     return dict(sorted(found.items(), key=lambda item: (place.get(data_set_of(item[0]), len(place)), item[0])))
 
 
@@ -52,7 +45,6 @@ def unique(rows, key):
 
 
 def mean(rows, key):
-    """Mean of a quantity over the rows that have it; NaN if none has."""
     known = [row[key] for row in rows if row.get(key) is not None]
     return np.mean(known) if known else np.nan
 
@@ -63,11 +55,12 @@ def cell(rows, *keys, digits=1):
     texts = []
     for key in keys:
         known = [row[key] for row in rows if row.get(key) is not None]
-        shown = [f"{value:.{digits}f}" for value in known]
+        text = ", ".join(f"{value:.{digits}f}" for value in known) or "-"
         if len(known) > 1 and (np.std(known, ddof=1) < np.mean(known) or not any(known)):
-            shown = [f"{np.mean(known):.{digits}f} ± {np.std(known, ddof=1):.{digits}f}"]
-        partly = f" ({len(known)} of {len(rows)} seeds)" if 0 < len(known) < len(rows) else ""
-        texts.append((", ".join(shown) or "-") + partly)
+            text = f"{np.mean(known):.{digits}f} ± {np.std(known, ddof=1):.{digits}f}"
+        if 0 < len(known) < len(rows):
+            text += f" ({len(known)} of {len(rows)} seeds)"
+        texts.append(text)
     return " / ".join(texts)
 
 
@@ -76,7 +69,6 @@ def span(values):
 
 
 def markdown(titles, rows):
-    """A table. titles: "data | V_a | ..."."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([f"| {titles} |", "|---" * (titles.count("|") + 1) + "|", *lines])
 
@@ -85,28 +77,20 @@ def table1(found, every=False):
     """Every data set at each model's own V_a, then at the paper's (every: at all of the curve), the paper beside."""
     rows, keys = [], ("ca", "target_rate", "asr_p", "asr_o")
     for name, r in in_order(found).items():
-        theirs = zip(PAPER["v_a"], PAPER["table1"].get(data_set_of(name), [[]])[-1])
-        theirs = {v_thr: cell([dict(enumerate(numbers))], 0, 1, 2) for v_thr, numbers in theirs}
+        theirs = dict(zip(PAPER["v_a"], PAPER["table1"].get(data_set_of(name), [[]])[-1]))
         control = "asr_p_renormalized" if r["q"] else "asr_clip_only"
-        own, *curve = zip(*([run["at_chosen"], *run["rows"]] for run in r["runs"]))
-        read = " / ".join(cell([run["visible"].get(key, {}) for run in r["runs"]], "read") for key in keys[2:])
-        lines = [(f"**{name}**", f"**own**, {span([at['v_thr'] for at in own])}", own, read, "")]
-        lines += [("", f"{at[0]['v_thr']:g}", at, "", theirs.get(at[0]["v_thr"], ""))
-                  for at in curve if every or at[0]["v_thr"] in PAPER["v_a"]]
-        rows += [[title, v_thr, *(cell(at, key) for key in keys), *(cell(at, f"{key}_clean_model") for key in keys),
-                  read, cell(at, control, f"{control}_clean_model"), paper] for title, v_thr, at, read, paper in lines]
+        own = [run["at_chosen"] for run in r["runs"]]
+        for at in [own, *zip(*(run["rows"] for run in r["runs"]))]:
+            v_thr, title, paper = at[0]["v_thr"], ["", f"{at[0]['v_thr']:g}"], ""
+            if at is own:
+                title = [f"**{name}**", f"**own**, {span([row['v_thr'] for row in own])}"]
+            elif v_thr in theirs:
+                paper = cell([dict(enumerate(theirs[v_thr]))], 0, 1, 2)
+            if at is own or every or v_thr in PAPER["v_a"]:
+                cells = [cell(at, key) for key in (*keys, *(f"{key}_clean_model" for key in keys))]
+                rows.append([*title, *cells, cell(at, control, f"{control}_clean_model"), paper])
     return markdown("data | V_a | CA | target_rate | ASR_p | ASR_o | clean model: CA | its target_rate | its ASR_p | "
-                    "its ASR_o | it reads T_p / T_o | T_p re-normalised, or clip alone / clean model | paper", rows)
-
-
-def table_summary(found):
-    """Table 1 at the own V_a, of each data set's networks the one with the highest CA (rounded) on HELD-OUT images."""
-    def held_ca(name):
-        return round(mean([row for run in found[name]["runs"] for row in run["held_rows"]
-                           if row["v_thr"] == run["at_chosen"]["v_thr"]], "ca"))
-    best = [max(names, key=held_ca) for _, names in itertools.groupby(in_order(found), key=data_set_of)]
-    lines = table1({name: found[name] for name in best}).splitlines()
-    return "\n".join(lines[:2] + [line for line in lines if "**own**" in line])
+                    "its ASR_o | T_p re-normalised, or clip alone / clean model | paper", rows)
 
 
 def table_runs(found):
@@ -116,13 +100,14 @@ def table_runs(found):
         paper = cell([dict(enumerate(PAPER["table1"].get(data_set_of(name), [])))], 0, 1)
         v_thr_t = span([r["v_thr_t"], r["v_thr_t_low"] or r["v_thr_t"]])
         strength = f"q {r['q']:g}" if r["q"] else f"beta {r['beta']:g}"
-        rows.append([f"**{name}**", cell(r["runs"], "clean_ca"), cell(r["runs"], "base_ca"), paper,
+        read = [cell([run["visible"].get(key, {}) for run in r["runs"]], "read") for key in ("asr_p", "asr_o")]
+        rows.append([f"**{name}**", cell(r["runs"], "clean_ca"), cell(r["runs"], "base_ca"), paper, " / ".join(read),
                      f"{r['model']}, width {r['width']}, T {r['T']}", f"{r['n_train']:,} + {r['n_test']:,}",
                      f"{r['n_poison']} ({r['poison_ratio']:.1%})", r["epochs"], r["seeds"],
                      f"target {r['target']}, S_t ({v_thr_t}, {r['tau_t'] or 'learned'}), {strength}",
                      f"{r['seconds'] / 60:.0f} min, {r['device']}{', bfloat16' if r['bf16'] else ''}", r["note"]])
-    return markdown("data | Clean CA | Base CA | paper: both | network | training + test samples | malicious samples "
-                    "(of the target class) | epochs | seeds | attack | run | note", rows)
+    return markdown("data | Clean CA | Base CA | paper: both | clean model reads T_p / T_o | network | training + test "
+                    "samples | malicious samples (of the target class) | epochs | seeds | attack | run | note", rows)
 
 
 def table2_lines(r):
@@ -142,21 +127,21 @@ def table2_lines(r):
 
 
 def table2(found):
-    """CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below, what three detectors see behind.
-    In brackets: the attack was not learned. †: the defence destroyed the model."""
+    """CA / ASR / target_rate of every attack and defence, the paper's CA / ASR below, what detectors see behind."""
     names, lines = unique([row for r in found.values() for row in r["rows"]], "defense"), []
     for name, r in in_order(found).items():
         about = f"seeds: {len(unique(r['rows'], 'seed'))}, {r['n_defender']} images for the defender, clean model"
         lines.append([f"**{name}**, {about} {r['clean_ca']:.1f}. {r['note']}", *[""] * len(names),
                       f"score of the clean model {r['scan_clean_model']:.2f}"])
         for title, cells, learned, destroyed in table2_lines(r):
-            texts = {d: cell(rows, "ca", "asr", "target_rate") for d, rows in cells.items()}
-            texts = texts if learned else {d: f"({text})" for d, text in texts.items()}
-            texts |= {d: f"{texts[d]} †" for d in destroyed}
+            texts = dict.fromkeys(names, "-")
+            for defense, rows in cells.items():
+                text = cell(rows, "ca", "asr", "target_rate")
+                mark = " †" if defense in destroyed else ""
+                texts[defense] = f"{text}{mark}" if learned else f"({text}){mark}"
             of = [row for row in r["detectors"] if title in (row["attack"], f"{row['attack']} ({row['trigger']})")]
-            seen = cell(of, "strip_auroc", "spikes_auroc", "scan_score", "scan_right", digits=2)
-            v_thr = cell(next(iter(cells.values())), "v_thr", digits=2)
-            lines.append([f"{title}, at {v_thr}", *(texts.get(d, "-") for d in names), seen if of else ""])
+            seen = cell(of, "strip_auroc", "spikes_auroc", "scan_score", "scan_right", digits=2) if of else ""
+            lines.append([f"{title}, at {cell(next(iter(cells.values())), 'v_thr', digits=2)}", *texts.values(), seen])
         for attack, theirs in PAPER["table2"].get(data_set_of(name), {}).items():
             theirs = dict(zip(PAPER["defenses"], theirs.split()))
             which = PAPER["badsnn_in_table2"][data_set_of(name)] if attack == "badsnn" else ""
