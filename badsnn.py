@@ -32,11 +32,10 @@ CODE = code_of("*.py", "kit/*.py")      # what decides a trained network beside 
 # ----- 3.3.1  Backdoor training
 
 def train(data, s, attack=None, poison=None):
-    """Trains a network on data.x_train [N, ...], less a held-out part, and returns it.
-
-    attack: None for a clean model, "badsnn" for dual-spike training (Sec. 3.3.1, Eq. 2). poison:
-    another attack, which changes samples (lab.baselines.Poison). After every epoch a row is printed
-    and a checkpoint written, from which the same command goes on. Raises ValueError.
+    """Trains a network on data.x_train [N, ...], less a held-out part, and returns it. attack: None
+    for a clean model, "badsnn" for dual-spike training (Sec. 3.3.1, Eq. 2). poison: another attack,
+    which changes samples (lab.baselines.Poison). After every epoch a row is printed and a
+    checkpoint written, from which the same command goes on. Raises ValueError.
     """
     data, held = hold_out(data)
     malicious = poison_indices(data.y_train, s.target, s.poison_ratio, s.seed)          # D_t^p
@@ -132,9 +131,9 @@ def descent(model, steps, s):
     """One-cycle SGD for images, as in SEENN; Adam for events, as in Abad et al. (2024)."""
     sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
     kind = torch.optim.Adam if s.model == "nmnist_net" else sgd
-    optimizer = kind(model.parameters(), lr=s.lr)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, s.lr, total_steps=s.epochs * steps, pct_start=0.15, cycle_momentum=False)
+    optimizer, total = kind(model.parameters(), lr=s.lr), s.epochs * steps
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    return optimizer, one_cycle(optimizer, s.lr, total, pct_start=0.15, cycle_momentum=False)
 
 
 def fresh_model(data, s):
@@ -165,8 +164,7 @@ def train_job(s, attack):
 
 def train_side_by_side(s, wanted):
     """Trains models [(settings, attack), ...] on all cores; train() then finds them in s.runs."""
-    names = [f"{attack or 'clean'}, seed {variant.seed}" for variant, attack in wanted]
-    machine.side_by_side(train_job, wanted, s, names)
+    machine.side_by_side(train_job, wanted, s)
 
 
 # ----- 4.1  Metrics
@@ -231,9 +229,9 @@ def train_trigger(model, data, s, v_thr_a):
     images [B, C, H, W] -> triggered images (None where no image could be blended), and what was
     measured on the way. Kept in s.runs like the models."""
     part, held = hold_out(data)
-    other = (part.y_train != s.target).nonzero().flatten()
-    order = torch.randperm(len(other), generator=generator(s.seed, "images of T_o"))
-    x = to_float(part.x_train[other[order[:s.n_o]]].to(s.device), s)
+    x = part.x_train[part.y_train != s.target]
+    order = torch.randperm(len(x), generator=generator(s.seed, "images of T_o"))
+    x = to_float(x[order[:s.n_o]].to(s.device), s)
     torch.manual_seed(s.seed)
     unet = trigger.UNet(data.num_classes, tuple(x.shape[2:]), budget=s.budget).to(s.device)
     config = dict(s.of("deployment"), name="trigger T_o", dataset=data.name, seed=s.seed,
@@ -306,8 +304,7 @@ def attack(data, s):
     """Table 1's row of a data set, what attack.json holds; means and spread over seeds."""
     variants = every_seed(s)
     train_side_by_side(s, [(one, kind) for one in variants for kind in (None, "badsnn")])
-    names = [f"seed {one.seed}" for one in variants]
-    runs = machine.side_by_side(attack_seed, [(one,) for one in variants], s, names)
+    runs = machine.side_by_side(attack_seed, [(one,) for one in variants], s)
     at_chosen, mean = [one["at_chosen"] for one in runs], mean_of(runs)
     rows = [mean_of(rows) for rows in zip(*(one["rows"] for one in runs))]
     return dict(clean_ca=mean["clean_ca"], base_ca=mean["base_ca"], rows=rows, runs=runs,
@@ -334,8 +331,7 @@ def attack_seed(s):
 
 
 def visible(clean, data, s, t):
-    """What a trigger leaves to see: percent of the triggered samples that a clean model at S_n
-    still reads, and on images the size of the change."""
+    """What a trigger leaves to see: percent that a clean model at S_n still reads, and its size."""
     guess = predict(clean, data.x_test, s, V_THR_N, TAU_N, t)
     x = data.x_test[data.y_test != s.target].to(s.device)
     size = {} if data.events else trigger.sizes(t, x)

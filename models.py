@@ -98,8 +98,8 @@ class ImageSNN(nn.Module):
     def forward(self, x, every_step=False):
         """x: images [B, C, H, W], floats in [0, 1] -> logits [B, K]; of every step [T, B, K]."""
         if not (x.is_floating_point() and x.dim() == 4 and x.shape[1] == self.mean.shape[1]):
-            raise ValueError(f"this network takes images [B, {self.mean.shape[1]}, H, W], floats in "
-                             f"[0, 1] (x.float() / 255), not {x.dtype} {[*x.shape]}")
+            raise ValueError(f"this network takes floats [B, {self.mean.shape[1]}, H, W] in "
+                             f"[0, 1]: x.float() / 255; not {x.dtype} {[*x.shape]}")
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         current = self.bn(self.conv(x))                             # once per image: [B, C, H, W]
         s = self.lif(current.expand(self.T, *current.shape))

@@ -37,7 +37,7 @@ def side_by_side(function, jobs, s, names=None):
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
                                [threads_each(cores(), workers)])
     try:
-        names = names or [str(i) for i in range(len(jobs))]
+        names = names or [", ".join(getattr(part, "title", str(part)) for part in job) for job in jobs]
         tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
         pool.submit(int)        # wakes the pool, which otherwise may not watch its last worker
         return [task.result() for task in tasks]
