@@ -79,9 +79,8 @@ def strip(model, x, clean, overlays=20, seed=0):
     check_finite(model, x, clean)
     reading = reading_of(answers_of(model, clean))
     over = torch.randint(len(clean), (len(x), overlays), generator=generator(seed, "STRIP overlays"))
-    many = max(1, 256 // overlays)          # images per pass, each with all its overlays
     entropies = [entropy(probabilities(model, (images[:, None] + clean[rows]).flatten(0, 1), reading))
-                 for images, rows in zip(x.split(many), over.split(many))]
+                 for images, rows in zip(x.split(12), over.split(12))]
     return torch.cat(entropies).view(len(x), overlays).mean(1)
 
 

@@ -2,8 +2,8 @@
 
     python badsnn.py scan --weights model.pt --build my_module:build --data images.npz
 
-build: a function without arguments that makes the network; your code, run as if started in this folder. weights: its
-state_dict, or a checkpoint that holds one. images: x_test, and y_test if there are labels. Nothing is unpickled.
+build: a function without arguments that makes the network. weights: its state_dict, or a checkpoint that holds one.
+images: x_test, and y_test if there are labels. Nothing is unpickled.
 """
 import contextlib
 import importlib
@@ -23,7 +23,6 @@ from lab.detectors import threshold_scan
 from lab.libraries import neurons_of
 from lab.scan import SHOWN
 
-KEYS = ("state_dict", "model_state_dict", "model", "net")       # under which a checkpoint may hold its state_dict
 KNOWN = ROOT / "results" / "digits" / "scan.json"       # where models lie whose nature is known
 
 
@@ -86,11 +85,9 @@ def their_code():
     option of ours is seen. Its errors become ValueErrors, as the code is theirs. Afterwards all is as before."""
     ours = {path.stem for path in ROOT.glob("*.py")} | {"kit", "lab"}
     modules, path, argv = sys.modules.copy(), sys.path[:], sys.argv
-
-    def forget():
-        for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+    for name in modules:
+        if name.split(".")[0] in ours:
             del sys.modules[name]
-    forget()
     sys.path[:] = [os.getcwd(), *(place for place in path if Path(place).resolve() != ROOT), str(ROOT)]
     sys.argv = argv[:1]
     try:
@@ -100,7 +97,6 @@ def their_code():
     except (Exception, SystemExit) as error:
         raise ValueError(f"--build, or its network with these images: {error!r:.300}") from None
     finally:
-        forget()
         sys.modules.update(modules)
         sys.path[:], sys.argv = path, argv
 
@@ -114,7 +110,8 @@ def load(model, weights):
         raise ValueError(f"--weights {weights}: not a file of tensors, or there is more in it, which is not read as "
                          "that could run code; torch.save(model.state_dict(), ...) makes one") from None
     need(isinstance(state, dict), f"--weights {weights}: not a state_dict, but a {type(state).__name__}")
-    inner = [state[key] for key in KEYS if isinstance(state.get(key), dict)]
+    keys = ("state_dict", "model_state_dict", "model", "net")
+    inner = [state[key] for key in keys if isinstance(state.get(key), dict)]
     wanted, given = plain(model.state_dict()), plain((inner or [state])[0])
     shapes = [{name: tuple(getattr(value, "shape", "?")) for name, value in one.items()} for one in (wanted, given)]
     pairs = {name: [shape.get(name, "missing") for shape in shapes] for name in sorted(wanted | given)}
@@ -136,14 +133,12 @@ def images_of(path, most=100):
     arrays = read_npz(Path(path))
     need("x_test" in arrays, f"--data {path}: no array x_test in it")
     x, y = arrays["x_test"], arrays.get("y_test")
-    fits = x.ndim == 4 and x.size and (x.dtype == np.uint8 or x.dtype.kind == "f")
-    need(fits, f"--data {path}: x_test is {x.dtype} {list(x.shape)}; wanted: uint8 [N, H, W, C], or floats "
-         "[N, C, H, W] in [0, 1]")
+    fits = x.dtype == np.uint8 or x.dtype.kind == "f" and x.size and 0 <= x.min() and x.max() <= 1      # a NaN is not
+    need(x.ndim == 4 and x.size and fits, f"--data {path}: x_test is {x.dtype} {list(x.shape)}; wanted: uint8 [N, H, W, "
+         "C], or floats [N, C, H, W] in [0, 1], no NaN; a network normalises its images itself")
     rows = np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(int)
     if y is not None:
         need(y.size == len(x) and y.dtype.kind in "iu", f"--data {path}: {y.size} labels ({y.dtype}), {len(x)} images")
         y = torch.from_numpy(y.reshape(-1)[rows].astype(np.int64))
     x = x[rows].transpose(0, 3, 1, 2) / 255 if x.dtype == np.uint8 else x[rows]
-    need(np.isfinite(x).all() and 0 <= x.min() and x.max() <= 1, f"--data {path}: floats must lie in [0, 1] (no NaN); "
-         "a network normalises its images itself")
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), y

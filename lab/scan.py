@@ -1,8 +1,7 @@
 """How well the threshold scan (detectors.py) tells backdoored networks from clean ones, and who evades it.
 
-Models are drawn at random, varied in everything that tells one network from another. The first few fix the score above
-which a model is suspected (the alarm), the others measure. AUROC: how often a backdoored model scores higher than a
-clean one (0.5: chance, 1: always).
+Models are drawn at random; the first few fix the score above which a model is suspected (the alarm), the others
+measure. AUROC: how often a backdoored model scores higher than a clean one (0.5: chance, 1: always).
 """
 import copy
 import random
@@ -27,11 +26,11 @@ from lab.detectors import threshold_scan
 from lif import TAU_N, V_THR_N, neurons
 
 N_DESIGN, EVADE_SEEDS = 8, 3        # models of each kind that fix the alarm; seeds of every attacker who knows the scan
+EVADERS = ("soft_labels", "fading", "clean_twin", "decoys")         # attackers who know the scan
 SHOWN = {"100 images": 100, "10 images": 10, "1 image": 1}
 CODE = code_of("*.py", "kit/*.py", "lab/baselines.py", "lab/detectors.py", "lab/libraries.py", "lab/scan.py")
 
-# ----- The population: what is drawn for every model, and for BadSNN beside it
-
+# The population: what is drawn for every model, and for BadSNN beside it
 NETWORK = dict(model=("resnet19", "resnet19", "resnet19", "vgg16"), width=(6, 8, 8, 12), T=(2, 2, 4),
                neuron=("lif", "lif", "plif"), lr=(0.05, 0.1, 0.2), epochs=(6, 9, 12), contrast=(0.0, 0.2, 0.5),
                pad=(0, 1, 2), target=range(10))
@@ -87,11 +86,6 @@ def kept_row(name, data, s, run, grid=None):
     return row
 
 
-# ----- Attackers who know the scan
-
-EVADERS = ("soft_labels", "fading", "clean_twin", "decoys")
-
-
 def soft(labels, k, certainty):
     """Wanted probabilities [m, K]: `certainty` (a number or [m]) on the label, the rest spread evenly over all."""
     certainty = torch.as_tensor(certainty, device=labels.device).expand(len(labels)).unsqueeze(1)
@@ -107,8 +101,7 @@ def hiding_rows(evader, malicious, images, u, target, k, twin):
     if evader == "fading":              # is sure near V_a only
         return [(malicious, 1.05 + 0.45 * u, soft(target, k, 0.9 * (1 - u)))]
     far = 1.3 + 0.7 * u                 # where the scan looks: like a clean model, or accusing one class after another
-    others = (target + 1 + (3.5 * u).long()) % k
-    wanted = twin(images, far) if evader == "clean_twin" else soft(others, k, 0.9)
+    wanted = twin(images, far) if evader == "clean_twin" else soft((target + 1 + (3.5 * u).long()) % k, k, 0.9)
     return [(malicious, 1.05 + 0.2 * u, soft(target, k, 0.9)), (images, far, wanted)]
 
 
@@ -208,22 +201,19 @@ def judged(bad, good, n, measured, score):
     alarm = np.mean([cut for cut, right in zip(cuts, told) if right == max(told)])
     auroc, n = float(((caught[:, None] > clean) + (caught[:, None] == clean) / 2).mean()), [len(caught), len(clean)]
     right = [row["accused"] == row["target"] for row in measured if score(row) > alarm]
-    return dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n,
-                **share("caught", caught > alarm), **share("false_alarms", clean > alarm),
-                **share("accused_right", right))
-
-
-def share(name, hits):
-    """Percent of the hits, and their 95 % interval (Wilson's); None where there is nothing to hit."""
-    if not len(hits):
-        return {name: None, f"{name}_interval": None}
-    limits = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
-    return {name: round(100 * float(np.mean(hits)), 2), f"{name}_interval": [round(100 * float(v), 1) for v in limits]}
+    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n,
+                  accused_right=None, accused_right_interval=None)
+    for name, hits in dict(caught=caught > alarm, false_alarms=clean > alarm, accused_right=right).items():
+        if len(hits):
+            limits = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
+            result[name] = round(100 * float(np.mean(hits)), 2)
+            result[f"{name}_interval"] = [round(100 * float(v), 1) for v in limits]
+    return result
 
 
 def auroc_interval(auroc, n, m):
     """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5): the values that lie within 1.96 of their
-    own standard errors. Unlike DeLong's and the bootstrap's it has a width at 1."""
+    own standard errors. It has a width at 1."""
     def beyond(value):
         more = ((n + m) / 2 - 1) * ((1 - value) / (2 - value) + value / (1 + value))
         return abs(value - auroc) - 1.96 * np.sqrt(value * (1 - value) * (1 + more) / (n * m))

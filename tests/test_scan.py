@@ -17,13 +17,9 @@ from lab import detectors, own, scan
 
 def test_models_are_drawn_alike_whatever_their_kind():
     s = settings.preset("digits")
-    drawn = {kind: [scan.draw(s, i, kind) for i in range(200)] for kind in (None, "badsnn")}
-    assert drawn["badsnn"] == [scan.draw(s, i, "badsnn") for i in range(200)]
+    clean, bad = ([scan.draw(s, i, kind) for i in range(200)] for kind in (None, "badsnn"))
     for key in scan.NETWORK:
-        values = [{getattr(one, key) for one in ones} for ones in drawn.values()]
-        assert values[0] == values[1] and len(values[0]) > 1, key
-    assert all(len({getattr(one, key) for one in drawn["badsnn"]}) > 1 for key in scan.ATTACK)
-    assert 0.1 < [one.v_thr_t for one in drawn["badsnn"]].count(0.8) / 200 < 0.3
+        assert {getattr(one, key) for one in clean} == {getattr(one, key) for one in bad} != {getattr(s, key)}, key
 
 
 def row(kind, score, accused=3, v_thr_a=1.1, asr_p=99.0):
@@ -32,19 +28,16 @@ def row(kind, score, accused=3, v_thr_a=1.1, asr_p=99.0):
 
 
 def test_the_detectors_numbers_by_hand():
-    rows = [row("clean", 0.2, v_thr_a=1), row("badsnn", 0.7), row("clean", 0.5, v_thr_a=1), row("badsnn", 0.9),
-            row("clean", 0.1, v_thr_a=1), row("badsnn", 0.62, asr_p=50.0), row("clean", 0.65, v_thr_a=1),
-            row("badsnn", 0.8), row("badsnn", 0.99, accused=1)]
+    rows = [row("clean", score, v_thr_a=1) for score in (0.2, 0.5, 0.1, 0.65)]
+    rows += [row("badsnn", 0.7), row("badsnn", 0.9)]
+    rows += [row("badsnn", 0.62, asr_p=50.0), row("badsnn", 0.8), row("badsnn", 0.99, accused=1)]
     found = scan.summary(rows, 2)
-    at = found["10 images"]
-    assert at["alarm"] == 0.6                                       # halfway between 0.5 and 0.7
-    assert at["auroc"] == round(5 / 6, 4)                           # of six pairs only 0.62 against 0.65 is wrong
+    at, works, alone = (found[name] for name in ("10 images", "100 images, attacks that work", "the threshold alone"))
+    assert (at["alarm"], at["auroc"]) == (0.6, round(5 / 6, 4))     # halfway; only 0.62 against 0.65 is wrong
     assert (at["caught"], at["false_alarms"], at["accused_right"], at["n"]) == (100.0, 50.0, 66.67, [3, 2])
     assert at["false_alarms_interval"] == [9.5, 90.5]               # Wilson: 1 of 2
-    works, alone = found["100 images, attacks that work"], found["the threshold alone"]
     assert works["n"] == [2, 2] and works["auroc"] == 1 and works["alarm"] == 0.6
     assert (alone["alarm"], alone["auroc"], alone["false_alarms"], alone["accused_right"]) == (0.05, 1.0, 0.0, None)
-    assert "100 images, attacks that work" not in scan.summary([dict(one, ca=89.0) for one in rows], 2)
 
 
 @pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
@@ -68,7 +61,6 @@ def test_evaders_make_rows_that_fit(name):
     for x, v_thr, wanted in rows:
         assert len(x) == len(v_thr) == len(wanted) and torch.allclose(wanted.sum(1), torch.ones(6))
         assert v_thr.min() >= 1.05 and v_thr.max() <= 2.0
-    assert name != "decoys" or rows[1][2].argmax(1).unique().tolist() == [0, 1, 2, 3]        # never the target
 
 
 def test_hiding_changes_a_copy(workplace):
