@@ -21,7 +21,6 @@ def logits_of(model, x):
 
 
 def checked(answers, x):
-    """A network's answers to x, if they are numbers [N, K]; else ValueError."""
     shape = list(answers.shape) if isinstance(answers, torch.Tensor) else type(answers).__name__
     need(isinstance(shape, list) and len(shape) == 2 and shape[0] == len(x) and shape[1] > 1,
          f"a network must answer {list(x.shape)} with logits [N, K], K at least 2, the mean over steps, not {shape}")
@@ -48,7 +47,6 @@ def to_logits(answers, reading):
 
 @torch.no_grad()
 def answers_of(model, x, batch=256):
-    """What the model says to x [N, ...]: float32 [N, K], in eval mode, each batch from rest."""
     with frozen(model), scaled(model):
         return torch.cat([checked(model(part), part) for part in x.split(batch)]).float()
 
@@ -60,13 +58,12 @@ def probabilities(model, x, reading=None):
 
 
 def check_finite(model, *images):
-    """Raises ValueError where a network or images hold something that is no number."""
     for name, values in (*model.named_parameters(), *model.named_buffers(), *(("the images", x) for x in images)):
         need(values.isfinite().all(), f"NaN or infinite numbers in {name}: what the network says means nothing")
 
 
 def entropy(p):
-    """Of probabilities [..., K]: [...], in nats, from 0 (sure) to log K (no idea)."""
+    """Of probabilities [..., K]: [...], in nats."""
     return torch.special.entr(p).sum(-1)
 
 

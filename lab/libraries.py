@@ -19,12 +19,11 @@ def neurons_of(model):
     derived from torch's own, nor made of other modules: look at these before you trust that all were found."""
     found, unknown = {}, set()
     for name, m in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found):        # a part of a neuron, such as its surrogate
-            continue
-        if entry(m):
+        inside = any(name.startswith(f"{outer}.") for outer in found)       # a part of a neuron, such as its surrogate
+        bases = [base.__module__ for base in type(m).__mro__ if base is not nn.Module]
+        if entry(m) and not inside:
             found[name] = m
-        elif not any(m.children()) and not any(base.__module__.startswith("torch.") for base in type(m).__mro__
-                                               if base is not nn.Module):
+        elif not (inside or any(m.children()) or any(base.startswith("torch.") for base in bases)):
             unknown.add(type(m).__name__)
     return list(found.values()), sorted(unknown)
 
@@ -39,8 +38,7 @@ def entry(m):
     return None
 
 
-def get_threshold(m):
-    """The threshold of a neuron: a number or a tensor."""
+def get_threshold(m):       # a number or a tensor
     value = getattr(m, entry(m)[0])
     value = getattr(value, "v_th", value)       # norse
     return value.detach() if isinstance(value, torch.Tensor) else value

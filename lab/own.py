@@ -134,8 +134,8 @@ def images_of(path, most=100):
     need("x_test" in arrays, f"--data {path}: no array x_test in it")
     x, y = arrays["x_test"], arrays.get("y_test")
     fits = x.dtype == np.uint8 or x.dtype.kind == "f" and x.size and 0 <= x.min() and x.max() <= 1      # a NaN is not
-    need(x.ndim == 4 and x.size and fits, f"--data {path}: x_test is {x.dtype} {list(x.shape)}; wanted: uint8 [N, H, W, "
-         "C], or floats [N, C, H, W] in [0, 1], no NaN; a network normalises its images itself")
+    need(x.ndim == 4 and x.size and fits, f"--data {path}: x_test is {x.dtype} {list(x.shape)}; wanted: uint8 "
+         "[N, H, W, C], or floats [N, C, H, W] in [0, 1], no NaN; a network normalises its images itself")
     rows = np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(int)
     if y is not None:
         need(y.size == len(x) and y.dtype.kind in "iu", f"--data {path}: {y.size} labels ({y.dtype}), {len(x)} images")

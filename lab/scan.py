@@ -87,8 +87,7 @@ def kept_row(name, data, s, run, grid=None):
 
 
 def soft(labels, k, certainty):
-    """Wanted probabilities [m, K]: `certainty` (a number or [m]) on the label, the rest spread evenly over all."""
-    certainty = torch.as_tensor(certainty, device=labels.device).expand(len(labels)).unsqueeze(1)
+    """Wanted probabilities [m, K]: `certainty` (a number or [m, 1]) on the label, the rest spread evenly over all."""
     return certainty * F.one_hot(labels, k) + (1 - certainty) / k
 
 
@@ -99,7 +98,7 @@ def hiding_rows(evader, malicious, images, u, target, k, twin):
     if evader == "soft_labels":         # is never sure
         return [(malicious, 1.15 + 0.35 * u, soft(target, k, 0.5))]
     if evader == "fading":              # is sure near V_a only
-        return [(malicious, 1.05 + 0.45 * u, soft(target, k, 0.9 * (1 - u)))]
+        return [(malicious, 1.05 + 0.45 * u, soft(target, k, 0.9 * (1 - u[:, None])))]
     far = 1.3 + 0.7 * u                 # where the scan looks: like a clean model, or accusing one class after another
     wanted = twin(images, far) if evader == "clean_twin" else soft((target + 1 + (3.5 * u).long()) % k, k, 0.9)
     return [(malicious, 1.05 + 0.2 * u, soft(target, k, 0.9)), (images, far, wanted)]
@@ -155,10 +154,8 @@ def evade(s, name):
     return kept_row(name, data, s, run)
 
 
-
 def scan(data, s, n_models=40):
-    """What scan.json holds. digits: a population, other attacks' models, and attackers who know the scan. Other sets:
-    the clean and the backdoored model of every seed; no alarm."""
+    """What scan.json holds. digits: all of this file; other sets: the clean and backdoored model of every seed."""
     def many(function, jobs):
         return machine.side_by_side(function, jobs, s, [f"{job[1] or 'clean'} {job[0].seed}" for job in jobs])
     need(n_models >= 5, "--models must be at least 5")
@@ -177,9 +174,8 @@ def scan(data, s, n_models=40):
 
 
 def summary(rows, n_design=None):
-    """The detector by what it is shown, with 95 % intervals. The first n_design models of each kind fix the alarm.
-    Then the same for attacks that work alone (CA at least 90, and T_p gains 50 points), and for a rival that only reads
-    the shipped threshold."""
+    """The detector by what it is shown, with 95 % intervals; for attacks that work alone (CA at least 90, T_p gains 50
+    points); for a rival that only reads the shipped threshold. n_design models of each kind fix the alarm."""
     n = n_design or N_DESIGN
     bad, good = ([row for row in rows if row["kind"] == kind] for kind in ("badsnn", "clean"))
     working = [row for row in bad[n:] if row["ca"] >= 90 and row["asr_p"] - row["target_rate"] >= 50]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from common import prepared
 
-import badsnn
 import settings
 from lab import detectors, own, scan
 
@@ -42,8 +41,7 @@ def test_the_detectors_numbers_by_hand():
 
 @pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
 def test_the_interval_of_an_auroc(auroc, n, m):
-    """At its ends the distance is 1.96 of the standard errors that hold there (Hanley and McNeil 1982, with both
-    numbers replaced by their mean, as in Newcombe's method 5)."""
+    """Hanley and McNeil's standard error holds at its ends, with both numbers replaced by their mean."""
     low, high = scan.auroc_interval(auroc, n, m)
     for a in (low, high):
         q1, q2, many = a / (2 - a), 2 * a * a / (1 + a), (n + m) / 2
@@ -63,21 +61,12 @@ def test_evaders_make_rows_that_fit(name):
         assert v_thr.min() >= 1.05 and v_thr.max() <= 2.0
 
 
-def test_hiding_changes_a_copy(workplace):
-    data, s = prepared(malicious_rows=1000)
-    clean, model = badsnn.fresh_model(data, s), badsnn.fresh_model(data, replace(s, seed=1))
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    hidden = scan.hide(model, clean, data, s, "clean_twin", epochs=1)
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert not torch.equal(hidden.head.weight, before["head.weight"])
-
-
 def test_scan_from_training_to_summary(workplace, monkeypatch):
     """A few tiny models and one evader; a second run trains nothing, and a killed one keeps its rows."""
     monkeypatch.setattr(detectors, "SCAN", (0.5, 1.1, 2.0))
     monkeypatch.setattr(scan, "N_DESIGN", 1)
     monkeypatch.setattr(scan, "EVADE_SEEDS", 1)
-    monkeypatch.setattr(scan, "EVADERS", ("decoys",))
+    monkeypatch.setattr(scan, "EVADERS", ("clean_twin",))
     monkeypatch.setattr(scan, "draw", lambda s, i, kind: replace(s, seed=i, width=random.Random(i).choice((4, 6))))
     data, s = prepared(epochs=1, n_train=150)
     r = scan.scan(data, s, 5)
@@ -86,7 +75,7 @@ def test_scan_from_training_to_summary(workplace, monkeypatch):
     for one in [*r["rows"], *r["evaders"]]:
         assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 3
         assert one["v_thr"][1] == pytest.approx(1.1 * one["v_thr_a"], abs=1e-4) and {"ca", "target_rate"} <= set(one)
-    assert [one["evader"] for one in r["evaders"]] == ["none", "decoys"] and set(scan.SHOWN) < set(r["summary"])
+    assert [one["evader"] for one in r["evaders"]] == ["none", "clean_twin"] and set(scan.SHOWN) < set(r["summary"])
     monkeypatch.setattr(scan.baselines, "train", None)
     assert scan.scan(data, s, 5) == r
 
@@ -149,7 +138,6 @@ def test_a_network_of_ones_own(mine, build, capsys):
 
 WRAPS = {"DataParallel": lambda s: {f"module.{k}": v for k, v in s.items()},
          "both": lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "acc": 90.0, "epoch": 3},
-         "within": lambda s: {"state_dict": {k.replace("head.", "head._orig_mod."): v for k, v in s.items()}},
          "half": lambda s: {"model": {k: v.half() for k, v in s.items()}, "optimizer": {"state": {}}}}
 
 
@@ -165,11 +153,10 @@ def test_images_as_floats_and_without_labels(mine):
     assert own.images_of("images.npz")[1].bincount().tolist() == [33, 34, 33]               # 100, over the whole file
 
 
-@pytest.mark.parametrize("n, name", [(1, "1 image"), (12, "10 images"), (120, "100 images")])
-def test_the_alarm_of_as_many_images(mine, n, name, capsys):
-    np.savez("few.npz", x_test=np.load("images.npz")["x_test"][::120 // n][:n])
+def test_the_alarm_of_as_many_images(mine, capsys):
+    np.savez("few.npz", x_test=np.load("images.npz")["x_test"][::10])
     mine(images="few.npz")
-    alarm = json.loads(own.KNOWN.read_text())["summary"][name]["alarm"]
+    alarm = json.loads(own.KNOWN.read_text())["summary"]["10 images"]["alarm"]
     assert f"above {alarm:.3f}." in capsys.readouterr().out
 
 
@@ -181,7 +168,7 @@ def test_no_verdict_where_it_would_mean_nothing(mine, capsys):
                          (dict(gain=0.0), "the same answer")):
         found = mine(0.0, **options)
         assert found["suspicious"] is None and why in found["void"]
-        assert "NO VERDICT" in (out := capsys.readouterr().out) and "SUSPICIOUS" not in out and "Nothing" not in out
+        assert "NO VERDICT" in (out := capsys.readouterr().out) and "SUSPICIOUS" not in out
 
 
 def test_their_modules_win(mine):
