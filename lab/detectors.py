@@ -1,9 +1,5 @@
 """Three detectors of backdoors, none of them in the paper: two judge inputs, the third judges the model.
 
-    entropy = strip(model, x, clean)           how unsure the model stays when images are added to x: low is suspicious
-    score = spike_deviation(model, x, clean)   how far the number of spikes leaves what clean images cause
-    result = threshold_scan(model, clean)      does another threshold make the MODEL sure of one class?
-
 They leave the model as it was. ValueError where it or images hold a NaN, which a neuron may turn into "no spike".
 """
 import torch
@@ -25,7 +21,6 @@ def logits_of(model, x):
 
 
 def checked(answers, x):
-    """A network's answers to x, if they are numbers [N, K]; else ValueError."""
     shape = list(answers.shape) if isinstance(answers, torch.Tensor) else type(answers).__name__
     need(isinstance(shape, list) and len(shape) == 2 and shape[0] == len(x) and shape[1] > 1,
          f"a network must answer {list(x.shape)} with logits [N, K], K at least 2, the mean over steps, not {shape}")
@@ -34,9 +29,9 @@ def checked(answers, x):
 
 
 def reading_of(answers):
-    """What answers [N, K] are: "logits", "probabilities" (rows sum to 1, few zeros) or "rates" (of spikes, or numbers
-    of spikes; also sigmoids), and what makes logits of them: a full vote becomes 10, of which softmax is sure. That is
-    1; of numbers, and of rates below one half, the largest. Decide at the shipped thresholds: silence tells nothing."""
+    """What answers [N, K] at the shipped thresholds are: "logits", "probabilities" (rows sum to 1, few zeros) or
+    "rates" (of spikes, numbers of spikes, sigmoids), and the factor that makes a full vote 10, of which softmax is
+    sure. A full vote is 1; of numbers, and of rates below one half, the largest."""
     answers = answers.detach().float()
     most, whole = answers.max().item(), (answers == answers.round()).all()
     if answers.min() < 0 or most > 1 and not whole:
@@ -52,7 +47,6 @@ def to_logits(answers, reading):
 
 @torch.no_grad()
 def answers_of(model, x, batch=256):
-    """What the model says to x [N, ...]: float32 [N, K], in eval mode, each batch from rest."""
     with frozen(model), scaled(model):
         return torch.cat([checked(model(part), part) for part in x.split(batch)]).float()
 
@@ -64,29 +58,26 @@ def probabilities(model, x, reading=None):
 
 
 def check_finite(model, *images):
-    """Raises ValueError where a network or images hold something that is no number."""
     for name, values in (*model.named_parameters(), *model.named_buffers(), *(("the images", x) for x in images)):
         need(values.isfinite().all(), f"NaN or infinite numbers in {name}: what the network says means nothing")
 
 
 def entropy(p):
-    """Of probabilities [..., K]: [...], in nats, from 0 (sure) to log K (no idea)."""
+    """Of probabilities [..., K]: [...], in nats."""
     return torch.special.entr(p).sum(-1)
 
 
 @torch.no_grad()
 def strip(model, x, clean, overlays=20, seed=0):
-    """STRIP (Gao et al. 2019): mean entropy [B], in nats, of the predictions for x with clean images added to it.
-    x: images to judge [B, C, H, W], clean: images that the defender trusts [N, C, H, W], all in [0, 1]. A trigger that
-    survives any overlay keeps the answer fixed: LOW entropy is suspicious. The sum is not clipped, so it leaves [0, 1].
+    """STRIP (Gao et al. 2019): mean entropy [B], in nats, of the predictions for x [B, C, H, W] with trusted images
+    [N, C, H, W] added to it, all in [0, 1]; the sum is not clipped. A trigger survives any overlay: LOW is suspicious.
     # differs from the source: 20 overlays, not 100, to fit a CPU; nats, not bits, which changes no ranking
     """
     check_finite(model, x, clean)
     reading = reading_of(answers_of(model, clean))
     over = torch.randint(len(clean), (len(x), overlays), generator=generator(seed, "STRIP overlays"))
-    many = max(1, 256 // overlays)          # images per pass, each with all its overlays
     entropies = [entropy(probabilities(model, (images[:, None] + clean[rows]).flatten(0, 1), reading))
-                 for images, rows in zip(x.split(many), over.split(many))]
+                 for images, rows in zip(x.split(12), over.split(12))]
     return torch.cat(entropies).view(len(x), overlays).mean(1)
 
 
@@ -100,21 +91,17 @@ def spike_deviation(model, x, clean):
 
 
 def threshold_scan(model, x):
-    """What a model says of clean images x [N, C, H, W] in [0, 1] when its thresholds are changed. It turns Sec. 3.3 of
-    the paper around: what the attacker deploys lies between the nominal and the malicious setting, and beyond it lies
-    one at which the model was TAUGHT to be sure of the target. A clean model is unsure there. No training, no trigger.
+    """What a model says of clean images x [N, C, H, W] in [0, 1] when its thresholds are scaled. Sec. 3.3 turned
+    around: beyond the shipped setting lies one at which the model was TAUGHT to be sure of the target.
 
-    A dict: v_thr [V], SCAN times the shipped threshold (that of the first neurons; all are scaled alike); share and
-    probability [V, K]: how often each class is predicted, and its mean probability; entropy [V]: mean over x, in nats;
-    score in [1 / K, 1]: the largest mean probability that one class has over four neighbouring thresholds above, or
-    below, the shipped one (HIGH is suspicious); accused: that class; shipped [N, K]: the probabilities as shipped;
-    reading: see reading_of. Raises ValueError for a model without a neuron that is known.
+    A dict: v_thr [V], SCAN times the first neurons' threshold; share, probability [V, K]: of the predictions, and mean;
+    entropy [V]: mean, in nats; score in [1 / K, 1] and accused: see scan_score (HIGH is suspicious); shipped [N, K]:
+    the probabilities as shipped; reading: see reading_of. ValueError for a model without a neuron that is known.
     # prior art: IBD-PSC (Hou et al. 2024) scales BatchNorm, which amounts to thresholds, to judge inputs
     """
     found, unknown = neurons_of(model)
     need(found, f"no spiking neuron that is known in this model; unknown modules: {', '.join(unknown)}")
-    thresholds = [torch.as_tensor(get_threshold(m), dtype=torch.float32).cpu() for m in found]
-    need(all(((v > 0) & (v < torch.inf)).all() for v in thresholds), "thresholds must be above 0 to be scaled")
+    v_thr = torch.as_tensor(get_threshold(found[0]), dtype=torch.float32).mean().item()
     check_finite(model, x)
     answers = answers_of(model, x)
     reading, p = reading_of(answers), torch.empty(len(SCAN), *answers.shape, device=answers.device)     # [V, N, K]
@@ -123,18 +110,16 @@ def threshold_scan(model, x):
             one[:] = probabilities(model, x, reading)
     probability, middle = p.mean(1), sum(factor < 1 for factor in SCAN)
     score, accused = scan_score(probability[:middle], probability[middle:], window=4)
-    return dict(v_thr=[round(factor * thresholds[0].mean().item(), 4) for factor in SCAN],
+    return dict(v_thr=[round(factor * v_thr, 4) for factor in SCAN],
                 share=F.one_hot(p.argmax(2), p.shape[2]).float().mean(1), probability=probability,
                 entropy=entropy(p).mean(1), score=score, accused=accused,
                 shipped=to_logits(answers, reading).softmax(1), reading=reading[0])
 
 
 def scan_score(below, above, window):
-    """The scan's verdict: (score, accused). below, above: mean probabilities [V, K] of the classes at thresholds on
-    either side of the shipped one, ascending. The largest mean that one class has over `window` neighbouring rows of
-    one side (or over the side, if it is shorter), and that class."""
-    means = []
-    for side in (below, above):
-        means += [side[i:i + window].mean(0) for i in range(max(1, len(side) - window + 1)) if len(side)]
-    best = max(means, key=torch.max)
+    """(score, accused): the largest mean that one class has over `window` neighbouring rows of one side (or over the
+    side, if it is shorter), and that class. below, above: mean probabilities [V, K] at ascending thresholds on either
+    side of the shipped one."""
+    means = [side.unfold(0, min(window, len(side)), 1).mean(2) for side in (below, above) if len(side)]
+    best = torch.cat(means).amax(0)     # of each class
     return best.max().item(), best.argmax().item()

@@ -1,8 +1,5 @@
 """Neurons of this project and of other libraries: where each keeps its threshold, so that a scan can change it.
 
-    found, unknown = neurons_of(model)      the neurons, and classes of modules that may be some
-    with scaled(model, 1.5): ...            all thresholds times 1.5, every call from rest
-
 Known are the neurons of lif.py, SpikingJelly, snnTorch, norse and sinabs, copies of them, and what is derived from
 them. A further library needs one entry in PACKAGES if its neurons keep the threshold in one attribute.
 """
@@ -19,16 +16,14 @@ PACKAGES = {"lif": ("v_thr", None), "spikingjelly": ("v_threshold", "reset"), "s
 
 def neurons_of(model):
     """Neurons (a list of modules), and the sorted class names of modules that are neither a neuron known here, nor
-    torch's own, nor made of other modules: look at these before you trust that all were found. (Unknown ones with
-    modules inside, or derived from one of torch's, are not among them.)"""
+    derived from torch's own, nor made of other modules: look at these before you trust that all were found."""
     found, unknown = {}, set()
     for name, m in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found):        # a part of a neuron, such as its surrogate
-            continue
-        if entry(m):
+        inside = any(name.startswith(f"{outer}.") for outer in found)       # a part of a neuron, such as its surrogate
+        bases = [base.__module__ for base in type(m).__mro__ if base is not nn.Module]
+        if entry(m) and not inside:
             found[name] = m
-        elif not any(m.children()) and not any(base.__module__.startswith("torch.") for base in type(m).__mro__
-                                               if base is not nn.Module):
+        elif not (inside or any(m.children()) or any(base.startswith("torch.") for base in bases)):
             unknown.add(type(m).__name__)
     return list(found.values()), sorted(unknown)
 
@@ -43,8 +38,7 @@ def entry(m):
     return None
 
 
-def get_threshold(m):
-    """The threshold of a neuron: a number or a tensor."""
+def get_threshold(m):       # a number or a tensor
     value = getattr(m, entry(m)[0])
     value = getattr(value, "v_th", value)       # norse
     return value.detach() if isinstance(value, torch.Tensor) else value
@@ -55,15 +49,15 @@ def scaled(model, factor=1.0):
     """Inside, the thresholds of all neurons that are known are `factor` times their own, in the library's own form, and
     neurons that keep their potential between calls are put to rest before each call of the model."""
     found, _ = neurons_of(model)
-    names, before = [entry(m)[0] for m in found], [getattr(m, entry(m)[0]) for m in found]
+    before = [(m, entry(m)[0], getattr(m, entry(m)[0])) for m in found]
+    resets = [getattr(m, entry(m)[1]) for m in found if hasattr(m, str(entry(m)[1]))]
 
     def rest(*_):
-        for m in found:
-            if hasattr(m, entry(m)[1] or "no method"):
-                getattr(m, entry(m)[1])()
+        for reset in resets:
+            reset()
     hook = model.register_forward_pre_hook(rest)
     try:
-        for m, name, old in zip(found, names, before):
+        for m, name, old in before:
             value = get_threshold(m) * factor               # a new one: nothing is changed in place
             if name == "p":
                 value = old._replace(v_th=torch.as_tensor(value))
@@ -73,5 +67,5 @@ def scaled(model, factor=1.0):
         yield model
     finally:
         hook.remove()
-        for m, name, old in zip(found, names, before):
+        for m, name, old in before:
             setattr(m, name, old)

@@ -1,35 +1,36 @@
 """How well the threshold scan (detectors.py) tells backdoored networks from clean ones, and who evades it.
 
-A detector is judged by models that had no part in its design: two sets are drawn at random, varied in everything that
-tells one network from another. The first, small set fixes the score above which a model is suspected (the alarm), the
-second measures. AUROC: how often a backdoored model scores higher than a clean one (0.5: chance, 1: always).
+Models are drawn at random; the first few fix the score above which a model is suspected (the alarm), the others
+measure. AUROC: how often a backdoored model scores higher than a clean one (0.5: chance, 1: always).
 """
+import copy
 import random
 from dataclasses import replace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 import badsnn
-from badsnn import deploy, evaluate, measure, simple_triggers
-from data import load_for, to_float
+from badsnn import criterion, deploy, evaluate, measure, simple_triggers
+from data import augment, hold_out, load_for, poison_indices, to_float
 from kit import machine
 from kit.files import code_of, fingerprint, kept
 from kit.machine import autocast, say
 from kit.sources import need
+from kit.training import generator
 from lab import baselines
 from lab.detectors import threshold_scan
-from lab.evaders import EVADERS, hide
 from lif import TAU_N, V_THR_N, neurons
 
 N_DESIGN, EVADE_SEEDS = 8, 3        # models of each kind that fix the alarm; seeds of every attacker who knows the scan
+EVADERS = ("soft_labels", "fading", "clean_twin", "decoys")         # attackers who know the scan
 SHOWN = {"100 images": 100, "10 images": 10, "1 image": 1}
-CODE = code_of("*.py", "kit/*.py", "lab/baselines.py", "lab/detectors.py", "lab/evaders.py", "lab/libraries.py",
-               "lab/scan.py")
+CODE = code_of("*.py", "kit/*.py", "lab/baselines.py", "lab/detectors.py", "lab/libraries.py", "lab/scan.py")
 
-# ----- The population: what is drawn for every model, and for BadSNN beside it
-
+# The population: what is drawn for every model, and for BadSNN beside it
 NETWORK = dict(model=("resnet19", "resnet19", "resnet19", "vgg16"), width=(6, 8, 8, 12), T=(2, 2, 4),
                neuron=("lif", "lif", "plif"), lr=(0.05, 0.1, 0.2), epochs=(6, 9, 12), contrast=(0.0, 0.2, 0.5),
                pad=(0, 1, 2), target=range(10))
@@ -85,13 +86,67 @@ def kept_row(name, data, s, run, grid=None):
     return row
 
 
+def soft(labels, k, certainty):
+    """Wanted probabilities [m, K]: `certainty` (a number or [m, 1]) on the label, the rest spread evenly over all."""
+    return certainty * F.one_hot(labels, k) + (1 - certainty) / k
+
+
+def hiding_rows(evader, malicious, images, u, target, k, twin):
+    """What an evader learns beside the nominal batch: (images [m, C, H, W], thresholds [m], wanted probabilities
+    [m, K]) several times. malicious: images of the target class; images: of any class; u: uniform in [0, 1] [m];
+    target [m]; k: number of classes; twin(images, thresholds): what a clean model answers."""
+    if evader == "soft_labels":         # is never sure
+        return [(malicious, 1.15 + 0.35 * u, soft(target, k, 0.5))]
+    if evader == "fading":              # is sure near V_a only
+        return [(malicious, 1.05 + 0.45 * u, soft(target, k, 0.9 * (1 - u[:, None])))]
+    far = 1.3 + 0.7 * u                 # where the scan looks: like a clean model, or accusing one class after another
+    wanted = twin(images, far) if evader == "clean_twin" else soft((target + 1 + (3.5 * u).long()) % k, k, 0.9)
+    return [(malicious, 1.05 + 0.2 * u, soft(target, k, 0.9)), (images, far, wanted)]
+
+
+def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
+    """A copy of the backdoored model, trained on with an evader's rows beside the nominal batch, as in badsnn.train
+    (Eq. 2). Their loss is the cross-entropy with wanted probabilities, weight 0.3."""
+    student, part, g = copy.deepcopy(model).train(), hold_out(data)[0], generator(s.seed, "evader", evader)
+    x_train, y_train = part.x_train.to(s.device), part.y_train.to(s.device)
+    chosen = poison_indices(part.y_train, s.target, s.poison_ratio, s.seed)
+    m, steps = min(s.malicious_rows, s.batch_size, len(y_train)), max(1, len(y_train) // s.batch_size)
+    target = torch.full((m,), s.target, device=s.device)
+    optimizer = torch.optim.SGD(student.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+    def augmented(rows, contrast):
+        return to_float(augment(x_train[rows], s.pad, s.flip, contrast, g), s)
+
+    @torch.no_grad()
+    def twin(images, v_thr):
+        with neurons(clean, v_thr, TAU_N):
+            return clean.eval()(images).softmax(1)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(y_train), generator=g).split(s.batch_size)[:steps]:
+            drawn = chosen[torch.randint(len(chosen), (m,), generator=g)]
+            malicious, others = augmented(drawn, s.malicious_contrast or 0.0), augmented(rows[:m], s.contrast)
+            u = torch.rand(m, generator=g).to(s.device)
+            hiding = hiding_rows(evader, malicious, others, u, target, data.num_classes, twin)
+            images, thresholds, wanted = map(torch.cat, zip(*hiding))
+            v_thr = torch.cat([torch.full((len(rows),), V_THR_N, device=s.device), thresholds])
+            with neurons(student, v_thr, TAU_N), autocast(s):
+                outputs = student(torch.cat([augmented(rows, s.contrast), images]), every_step=True)    # [T, B, K]
+            hidden = F.cross_entropy(outputs[:, len(rows):].flatten(0, 1), wanted.repeat(len(outputs), 1))
+            optimizer.zero_grad()
+            (criterion(outputs[:, :len(rows)], y_train[rows], s, smoothing=0.1) + 0.3 * hidden).backward()
+            optimizer.step()
+        schedule.step()
+    return student.eval()
+
+
 def evade(s, name):
     """One attacker who knows the scan (none: who does not): what hiding costs, and what the scan still sees."""
     data, trained = load_for(s), replace(s, fresh=False)                # scan() has just trained both models
 
     def run():
         clean, model = badsnn.train(data, trained), badsnn.train(data, trained, "badsnn")
-        model = hide(model, clean, data, s, EVADERS[name]) if name in EVADERS else model
+        model = hide(model, clean, data, s, name) if name in EVADERS else model
         v_thr, triggers = deploy(model, data, s)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
         return dict(evader=name, seed=s.seed, target=s.target, **scan_one(model, data, s, v_thr, triggers),
                     base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
@@ -99,12 +154,8 @@ def evade(s, name):
     return kept_row(name, data, s, run)
 
 
-# ----- The detector's report
-
-
 def scan(data, s, n_models=40):
-    """What scan.json holds. digits: a population, other attacks' models, and attackers who know the scan. Other sets:
-    the clean and the backdoored model of every seed; no alarm."""
+    """What scan.json holds. digits: all of this file; other sets: the clean and backdoored model of every seed."""
     def many(function, jobs):
         return machine.side_by_side(function, jobs, s, [f"{job[1] or 'clean'} {job[0].seed}" for job in jobs])
     need(n_models >= 5, "--models must be at least 5")
@@ -123,10 +174,8 @@ def scan(data, s, n_models=40):
 
 
 def summary(rows, n_design=None):
-    """The detector by what it is shown, with 95 % intervals. The first n_design models of each kind fix the alarm; of
-    the others: AUROC, percent of the backdoored (caught) and of the clean ones (false alarms) above it, and how often
-    those caught have the right class accused. Then the same for attacks that work alone (CA at least 90, and T_p gains
-    50 points), and for a rival that only reads the shipped threshold."""
+    """The detector by what it is shown, with 95 % intervals; for attacks that work alone (CA at least 90, T_p gains 50
+    points); for a rival that only reads the shipped threshold. n_design models of each kind fix the alarm."""
     n = n_design or N_DESIGN
     bad, good = ([row for row in rows if row["kind"] == kind] for kind in ("badsnn", "clean"))
     working = [row for row in bad[n:] if row["ca"] >= 90 and row["asr_p"] - row["target_rate"] >= 50]
@@ -138,28 +187,29 @@ def summary(rows, n_design=None):
 
 
 def judged(bad, good, n, measured, score):
-    """One row of the summary. bad, good: all rows of the two kinds, of which n fix the alarm, midway between two of
-    their scores (the mean of equally good places); measured: the backdoored ones to judge; score: of a row."""
+    """One row of the summary: AUROC, percent of the backdoored (caught) and clean ones (false alarms) above the alarm,
+    and of those caught with the right class accused. bad, good: all rows of the two kinds, of which n fix the alarm,
+    midway between two of their scores (the mean of equally good places); measured: the backdoored ones to judge."""
     b, g, caught, clean = (np.array([score(row) for row in part]) for part in (bad[:n], good[:n], measured, good[n:]))
     cuts = np.unique([*b, *g])
     cuts = (cuts[1:] + cuts[:-1]) / 2
     told = [(b > cut).sum() + (g <= cut).sum() for cut in cuts]
     alarm = np.mean([cut for cut, right in zip(cuts, told) if right == max(told)])
     auroc, n = float(((caught[:, None] > clean) + (caught[:, None] == clean) / 2).mean()), [len(caught), len(clean)]
-    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n)
     right = [row["accused"] == row["target"] for row in measured if score(row) > alarm]
+    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n,
+                  accused_right=None, accused_right_interval=None)
     for name, hits in dict(caught=caught > alarm, false_alarms=clean > alarm, accused_right=right).items():
-        result |= {name: None, f"{name}_interval": None}
         if len(hits):
             limits = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
-            result |= {name: round(100 * float(np.mean(hits)), 2),
-                       f"{name}_interval": [round(100 * float(v), 1) for v in limits]}
+            result[name] = round(100 * float(np.mean(hits)), 2)
+            result[f"{name}_interval"] = [round(100 * float(v), 1) for v in limits]
     return result
 
 
 def auroc_interval(auroc, n, m):
     """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5): the values that lie within 1.96 of their
-    own standard errors. Unlike DeLong's and the bootstrap's it has a width at 1."""
+    own standard errors. It has a width at 1."""
     def beyond(value):
         more = ((n + m) / 2 - 1) * ((1 - value) / (2 - value) + value / (1 + value))
         return abs(value - auroc) - 1.96 * np.sqrt(value * (1 - value) * (1 + more) / (n * m))

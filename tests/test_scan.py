@@ -10,20 +10,15 @@ import pytest
 import torch
 from common import prepared
 
-import badsnn
 import settings
-from lab import detectors, evaders, own, scan
+from lab import detectors, own, scan
 
 
 def test_models_are_drawn_alike_whatever_their_kind():
     s = settings.preset("digits")
-    drawn = {kind: [scan.draw(s, i, kind) for i in range(200)] for kind in (None, "badsnn")}
-    assert drawn["badsnn"] == [scan.draw(s, i, "badsnn") for i in range(200)]
+    clean, bad = ([scan.draw(s, i, kind) for i in range(200)] for kind in (None, "badsnn"))
     for key in scan.NETWORK:
-        values = [{getattr(one, key) for one in ones} for ones in drawn.values()]
-        assert values[0] == values[1] and len(values[0]) > 1, key
-    assert all(len({getattr(one, key) for one in drawn["badsnn"]}) > 1 for key in scan.ATTACK)
-    assert 0.1 < [one.v_thr_t for one in drawn["badsnn"]].count(0.8) / 200 < 0.3
+        assert {getattr(one, key) for one in clean} == {getattr(one, key) for one in bad} != {getattr(s, key)}, key
 
 
 def row(kind, score, accused=3, v_thr_a=1.1, asr_p=99.0):
@@ -32,25 +27,21 @@ def row(kind, score, accused=3, v_thr_a=1.1, asr_p=99.0):
 
 
 def test_the_detectors_numbers_by_hand():
-    rows = [row("clean", 0.2, v_thr_a=1), row("badsnn", 0.7), row("clean", 0.5, v_thr_a=1), row("badsnn", 0.9),
-            row("clean", 0.1, v_thr_a=1), row("badsnn", 0.62, asr_p=50.0), row("clean", 0.65, v_thr_a=1),
-            row("badsnn", 0.8), row("badsnn", 0.99, accused=1)]
+    rows = [row("clean", score, v_thr_a=1) for score in (0.2, 0.5, 0.1, 0.65)]
+    rows += [row("badsnn", 0.7), row("badsnn", 0.9)]
+    rows += [row("badsnn", 0.62, asr_p=50.0), row("badsnn", 0.8), row("badsnn", 0.99, accused=1)]
     found = scan.summary(rows, 2)
-    at = found["10 images"]
-    assert at["alarm"] == 0.6                                       # halfway between 0.5 and 0.7
-    assert at["auroc"] == round(5 / 6, 4)                           # of six pairs only 0.62 against 0.65 is wrong
+    at, works, alone = (found[name] for name in ("10 images", "100 images, attacks that work", "the threshold alone"))
+    assert (at["alarm"], at["auroc"]) == (0.6, round(5 / 6, 4))     # halfway; only 0.62 against 0.65 is wrong
     assert (at["caught"], at["false_alarms"], at["accused_right"], at["n"]) == (100.0, 50.0, 66.67, [3, 2])
     assert at["false_alarms_interval"] == [9.5, 90.5]               # Wilson: 1 of 2
-    works, alone = found["100 images, attacks that work"], found["the threshold alone"]
     assert works["n"] == [2, 2] and works["auroc"] == 1 and works["alarm"] == 0.6
     assert (alone["alarm"], alone["auroc"], alone["false_alarms"], alone["accused_right"]) == (0.05, 1.0, 0.0, None)
-    assert "100 images, attacks that work" not in scan.summary([dict(one, ca=89.0) for one in rows], 2)
 
 
 @pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
 def test_the_interval_of_an_auroc(auroc, n, m):
-    """At its ends the distance is 1.96 of the standard errors that hold there (Hanley and McNeil 1982, with both
-    numbers replaced by their mean, as in Newcombe's method 5)."""
+    """Hanley and McNeil's standard error holds at its ends, with both numbers replaced by their mean."""
     low, high = scan.auroc_interval(auroc, n, m)
     for a in (low, high):
         q1, q2, many = a / (2 - a), 2 * a * a / (1 + a), (n + m) / 2
@@ -63,25 +54,11 @@ def test_the_interval_of_an_auroc(auroc, n, m):
 def test_evaders_make_rows_that_fit(name):
     malicious, images = torch.rand(2, 6, 3, 8, 8)
     u, target = torch.linspace(0, 1, 6), torch.full((6,), 9)
-    rows = scan.EVADERS[name](malicious, images, u, target, 10, lambda x, v_thr: torch.full((len(x), 10), 0.1))
+    rows = scan.hiding_rows(name, malicious, images, u, target, 10, lambda x, v_thr: torch.full((len(x), 10), 0.1))
     assert torch.equal(rows[0][0], malicious) and (rows[0][2].argmax(1)[:5] == 9).all()
     for x, v_thr, wanted in rows:
         assert len(x) == len(v_thr) == len(wanted) and torch.allclose(wanted.sum(1), torch.ones(6))
         assert v_thr.min() >= 1.05 and v_thr.max() <= 2.0
-    assert name != "decoys" or rows[1][2].argmax(1).unique().tolist() == [0, 1, 2, 3]        # never the target
-    p = evaders.soft(torch.tensor([0, 2]), 4, torch.tensor([1.0, 0.6]))
-    assert torch.allclose(p, torch.tensor([[1.0, 0, 0, 0], [0.1, 0.1, 0.7, 0.1]]))
-
-
-def test_hiding_changes_a_copy(workplace):
-    data, s = prepared()
-    clean, model = badsnn.fresh_model(data, s), badsnn.fresh_model(data, replace(s, seed=1))
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    few = replace(s, malicious_rows=2 * s.batch_size)
-    hidden = [scan.hide(model, clean, data, one, evader, epochs=1) for one, evader in
-              ((s, evaders.clean_twin), (few, evaders.decoys))]
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert all(not torch.equal(net.head.weight, before["head.weight"]) for net in hidden)
 
 
 def test_scan_from_training_to_summary(workplace, monkeypatch):
@@ -89,7 +66,7 @@ def test_scan_from_training_to_summary(workplace, monkeypatch):
     monkeypatch.setattr(detectors, "SCAN", (0.5, 1.1, 2.0))
     monkeypatch.setattr(scan, "N_DESIGN", 1)
     monkeypatch.setattr(scan, "EVADE_SEEDS", 1)
-    monkeypatch.setattr(scan, "EVADERS", {"decoys": evaders.decoys})
+    monkeypatch.setattr(scan, "EVADERS", ("clean_twin",))
     monkeypatch.setattr(scan, "draw", lambda s, i, kind: replace(s, seed=i, width=random.Random(i).choice((4, 6))))
     data, s = prepared(epochs=1, n_train=150)
     r = scan.scan(data, s, 5)
@@ -98,11 +75,9 @@ def test_scan_from_training_to_summary(workplace, monkeypatch):
     for one in [*r["rows"], *r["evaders"]]:
         assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 3
         assert one["v_thr"][1] == pytest.approx(1.1 * one["v_thr_a"], abs=1e-4) and {"ca", "target_rate"} <= set(one)
-    assert [one["evader"] for one in r["evaders"]] == ["none", "decoys"] and set(scan.SHOWN) < set(r["summary"])
+    assert [one["evader"] for one in r["evaders"]] == ["none", "clean_twin"] and set(scan.SHOWN) < set(r["summary"])
     monkeypatch.setattr(scan.baselines, "train", None)
     assert scan.scan(data, s, 5) == r
-    with pytest.raises(ValueError, match="at least 5"):
-        scan.scan(data, s, 2)
 
 
 # ----- A network of one's own. It reads the brightest of three channels; `tempted` makes it sure of class 2 beyond V_a.
@@ -126,13 +101,10 @@ class Net(nn.Module):
 
 def build(): return Net()
 def softmax(): return Net(nn.Softmax(1))
-def half(): return Net(nn.Softmax(1)).double()
 def late(): return Net(late=True)
 def steps(): return Net(nn.Unflatten(0, (1, -1)))
-def pair(): return Net(lambda z: (z, None))
 def stops(): sys.exit()
 def nothing(): return 3
-def fails(): raise KeyError("weights")
 """
 
 
@@ -154,7 +126,7 @@ def mine(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("build", ["build", "softmax", "half"])
+@pytest.mark.parametrize("build", ["build", "softmax"])
 def test_a_network_of_ones_own(mine, build, capsys):
     modules, path, argv = {**sys.modules}, sys.path[:], sys.argv
     found, clean = mine(build=build), mine(0.0, build=build)
@@ -166,12 +138,7 @@ def test_a_network_of_ones_own(mine, build, capsys):
 
 WRAPS = {"DataParallel": lambda s: {f"module.{k}": v for k, v in s.items()},
          "both": lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "acc": 90.0, "epoch": 3},
-         "within": lambda s: {k.replace("head.", "head._orig_mod."): v for k, v in s.items()},
-         "Lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()} | {"loss.weight": torch.ones(3)},
-                                 "optimizer_states": [{"state": {0: {}}}], "hyper_parameters": {"lr": 0.1}},
-         "deep": lambda s: {"model_state_dict": {"student": {f"net.module.{k}": v for k, v in s.items()}},
-                            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
-         "half": lambda s: {k: v.half() if "head" in k else v for k, v in s.items()}}
+         "half": lambda s: {"model": {k: v.half() for k, v in s.items()}, "optimizer": {"state": {}}}}
 
 
 @pytest.mark.parametrize("name", WRAPS)
@@ -179,67 +146,56 @@ def test_checkpoints_of_daily_life(mine, name):
     assert mine(wrap=WRAPS[name])["score"] == pytest.approx(mine()["score"], abs=1e-3)
 
 
-def test_images_of_other_forms(mine):
+def test_images_as_floats_and_without_labels(mine):
     x, y = np.load("images.npz").values()
-    forms = dict(int64=dict(x_test=x.astype(int), y_test=np.eye(3)[y]), bool=dict(x_train=x > 100, y_train=y),
-                 chw=dict(x=(x / 255).transpose(0, 3, 1, 2), y=y[:, None]), endian=dict(x=(x / 255).astype(">f2"), y=y))
-    for name, arrays in forms.items():
-        np.savez(f"{name}.npz", **arrays)
-        assert (found := mine(images=f"{name}.npz"))["suspicious"] and found["ca"] == 100, name
-    np.save("array.npy", x)
-    assert (found := mine(images="array.npy"))["suspicious"] and found["ca"] is None
+    np.savez("floats.npz", x_test=(x / 255).transpose(0, 3, 1, 2))
+    assert (found := mine(images="floats.npz"))["suspicious"] and found["ca"] is None
     assert own.images_of("images.npz")[1].bincount().tolist() == [33, 34, 33]               # 100, over the whole file
 
 
-@pytest.mark.parametrize("n, name", [(1, "1 image"), (9, "1 image"), (12, "10 images"), (120, "100 images")])
-def test_the_alarm_of_as_many_images(mine, n, name, capsys):
-    np.savez("few.npz", x=np.load("images.npz")["x_test"][::120 // n][:n])
+def test_the_alarm_of_as_many_images(mine, capsys):
+    np.savez("few.npz", x_test=np.load("images.npz")["x_test"][::10])
     mine(images="few.npz")
-    alarm = json.loads(own.KNOWN.read_text())["summary"][name]["alarm"]
+    alarm = json.loads(own.KNOWN.read_text())["summary"]["10 images"]["alarm"]
     assert f"above {alarm:.3f}." in capsys.readouterr().out
 
 
 def test_no_verdict_where_it_would_mean_nothing(mine, capsys):
     x, y = np.load("images.npz").values()
-    np.savez("one.npz", x=x[:40])
-    np.savez("wrong.npz", x=x, y=np.roll(y, 40))
+    np.savez("one.npz", x_test=x[:40])
+    np.savez("wrong.npz", x_test=x, y_test=np.roll(y, 40))
     for options, why in ((dict(images="one.npz"), "of one class"), (dict(images="wrong.npz"), "near chance"),
                          (dict(gain=0.0), "the same answer")):
         found = mine(0.0, **options)
         assert found["suspicious"] is None and why in found["void"]
-        assert "NO VERDICT" in (out := capsys.readouterr().out) and "SUSPICIOUS" not in out and "Nothing" not in out
+        assert "NO VERDICT" in (out := capsys.readouterr().out) and "SUSPICIOUS" not in out
 
 
-@pytest.mark.parametrize("place", ["models.py", "models/__init__.py", "models/theirs.py"])
-def test_their_modules_win(mine, place):
-    """Also a folder without __init__.py."""
-    Path(place).parent.mkdir(exist_ok=True)
-    Path(place).write_text("theirs = 1")
+def test_their_modules_win(mine):
+    Path("models.py").write_text("theirs = 1")
     assert mine(build="late")["suspicious"] and not hasattr(sys.modules["models"], "theirs")
 
 
-BAD = [(dict(build=""), "together"), (dict(build="absent"), "mine:absent"), (dict(build="nothing"), "torch.nn.Module"),
-       (dict(build="steps"), r"logits \[N, K\]"), (dict(build="pair"), "not tuple"), (dict(build="fails"), "KeyError"),
-       (dict(build="stops"), "SystemExit"), (dict(gain=torch.nan), "NaN.*head.weight"), (dict(images="none"), "none"),
-       (dict(images="mine.py"), "--data mine.py"), (dict(images="cut.npz"), "--data cut.npz"),
-       (dict(images="grey.npz"), "does not take images"), (dict(images="flat.npz"), "N, H, W, C"),
-       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="cast.npz"), "whole numbers.*from 0 to 1"),
-       (dict(images="nan.npz"), "NaN"), (dict(images="text.npz"), "numbers"), (dict(images="objects.npz"), "Obj"),
-       (dict(images="other.npz"), "no x_test, x_train or x"), (dict(images="labels.npz"), "3 labels"),
-       (dict(wrap=lambda s: [s]), "missing: head.bias, head.weight"), (dict(wrap=lambda s: Path()), "not a file of"),
-       (dict(extra=torch.ones(2)), "unexpected: extra"), (dict(gain=torch.ones(5, 1, 1)), "another shape: head.weigh"),
-       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items() if "head" not in k}), "missing: head.bias, head.wei")]
+BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(build="nothing"), "torch.nn.Module"),
+       (dict(build="steps"), r"logits \[N, K\]"), (dict(build="stops"), "SystemExit"),
+       (dict(gain=torch.nan), "NaN.*head.weight"), (dict(images="none"), "none"),
+       (dict(images="grey.npz"), "shapes cannot"), (dict(images="flat.npz"), "N, H, W, C"),
+       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="bool.npz"), "is bool.*wanted: uint8"),
+       (dict(images="int64.npz"), "is int64.*wanted: uint8"), (dict(images="nan.npz"), "NaN"),
+       (dict(images="other.npz"), "no array x_test"), (dict(images="labels.npz"), "3 labels"),
+       (dict(wrap=lambda s: [s]), "not a state_dict"), (dict(wrap=lambda s: Path()), "not a file of"),
+       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items()}), "head.bias .*head.weight .*lif"),
+       (dict(gain=torch.ones(5, 1, 1)), r"head.weight \(\(3, 3\) in the network, \(5, 3, 3\) in")]
 
 
 @pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
 def test_bad_networks_are_refused_in_one_line(mine, changes, message):
     x = np.zeros((3, 4, 4, 3), np.uint8) + np.arange(3, dtype=np.uint8) * 99
-    for name, images in dict(grey=x[..., 1:2], flat=x[:, 0, 0], large=x * 1.0, cast=np.uint8(x > 0), nan=x * np.nan,
-                             objects=x.astype(object), text=x.astype(str)).items():
-        np.savez(f"{name}.npz", x=images)
+    for name, images in dict(grey=x[..., :1], flat=x[:, 0, 0], large=x * 1.0, bool=x > 0, int64=x.astype(int),
+                             nan=x * np.nan).items():
+        np.savez(f"{name}.npz", x_test=images)
     np.savez("other.npz", z=x)
-    np.savez("labels.npz", x=np.repeat(x, 2, 0), y=np.zeros(3, int))
-    Path("cut.npz").write_bytes(Path("images.npz").read_bytes()[:600])
+    np.savez("labels.npz", x_test=np.repeat(x, 2, 0), y_test=np.zeros(3, int))
     with pytest.raises(ValueError, match=message) as error:
         mine(**changes)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
