@@ -71,7 +71,7 @@ def checked(arrays, path):
     need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:], f"{path}: x_train and x_test differ in shape")
     K, labels = len(np.unique(arrays["y_train"])), np.union1d(arrays["y_train"], arrays["y_test"])
     outside = ", ".join(str(label) for label in labels if not 0 <= label < K)[:50]
-    need(K > 1 and not outside, f"{path}: labels must be 0 to K - 1, of K > 1 training classes; K is {K}, outside are "
+    need(K > 1 and not outside, f"{path}: all labels must be 0 to K - 1, K > 1 classes trained on; K is {K}, outside: "
          f"{outside or 'none'}; number both parts together anew with y = np.unique(y, return_inverse=True)[1]")
     return arrays
 
