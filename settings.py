@@ -91,8 +91,6 @@ class Settings:
         for name, value in filled.items():
             object.__setattr__(self, name, value)       # a frozen object that is still being made
 
-    title = property(lambda self: f"seed {self.seed}")      # in front of what its process prints
-
     def of(self, *groups):
         """The settings of these groups (none: of all that decide a result), for JSON."""
         groups = groups or ("network", "training", "attack", "deployment")

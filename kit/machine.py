@@ -37,7 +37,7 @@ def side_by_side(function, jobs, s, names=None):
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
                                [threads_each(cores(), workers)])
     try:
-        names = names or [", ".join(getattr(part, "title", str(part)) for part in job) for job in jobs]
+        names = names or [", ".join(named(part) for part in job) for job in jobs]
         tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
         pool.submit(int)        # wakes the pool, which otherwise may not watch its last worker
         return [task.result() for task in tasks]
@@ -48,6 +48,11 @@ def side_by_side(function, jobs, s, names=None):
         for process in list((pool._processes or {}).values()):      # after an error or Ctrl-C they would train on
             process.kill()
         pool.shutdown(cancel_futures=True)
+
+
+def named(part):
+    """How a part of a job is called in front of what its process prints."""
+    return f"seed {part.seed}" if hasattr(part, "seed") else str(part)
 
 
 def _start_worker(threads):

@@ -126,6 +126,11 @@ def test_results_in_order_and_one_display(capfd):
         assert {pid for _, pid in machine.side_by_side(work, [(1,), (4,)], alone)} == {os.getpid()}
 
 
+def test_jobs_are_named_after_their_seed_and_words():
+    assert [machine.named(part) for part in (preset("digits", seed=3, device="cpu"), "badsnn", None)] == [
+        "seed 3", "badsnn", "None"]
+
+
 @pytest.mark.parametrize("job, message", [(2, "two is not allowed"), (9, "out of memory.*goes on")])
 def test_an_error_or_a_killed_worker_ends_the_others(job, message):
     started = time.time()
