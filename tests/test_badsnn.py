@@ -95,11 +95,9 @@ def test_killed_and_started_again_it_ends_as_if_undisturbed(workplace, tiny, cap
     assert not list(workplace.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("model", ["resnet19", "vgg16"])
-def test_divergence_ends_the_run(digits, tmp_path, model):
-    """Infinite losses, and weights that are huge or NaN behind a loss that stays finite."""
+def test_divergence_ends_the_run(digits, tmp_path):
     with pytest.raises(ValueError, match="training diverged in epoch 1"):
-        badsnn.train(*prepared(data=digits, runs=tmp_path, model=model, lr=1e30))
+        badsnn.train(*prepared(data=digits, runs=tmp_path, lr=1e30))
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -134,22 +132,6 @@ def test_metrics_leave_out_the_target_class(tiny, monkeypatch):
     assert got == dict(ca=80.0, target_rate=33.33)
 
 
-@pytest.mark.parametrize("n, side, batches", [(50, 224, 5), (1200, 16, 3)])
-def test_a_batch_of_an_evaluation_holds_so_many_pixels(tiny, n, side, batches):
-    """Whatever the size of an image: evaluation needs no more memory than training."""
-    x, sizes = torch.zeros(n, 3, side, side, dtype=torch.uint8), []
-    x[::2] = 2
-    model = Answers(lambda x: (sizes.append(len(x)), torch.eye(3)[x[:, 0, 0, 0].mul(255).long()])[1])
-    assert badsnn.predict(model, x, tiny.s, None, None).tolist() == [2, 0] * (n // 2)
-    assert len(sizes) == batches and max(sizes) * side * side <= 512 * 34 * 34
-
-
-def test_evaluation_in_bfloat16_and_float32_agree(tiny):
-    full, half = (badsnn.predict(tiny.clean, tiny.data.x_test, replace(tiny.s, bf16=bf16), 1.0, 0.5)
-                  for bf16 in (False, True))
-    assert len(full.unique()) >= 4 and (full == half).float().mean() > 0.5
-
-
 # ----- Deployment, and Table 1
 
 def test_choose_is_eq_8():
@@ -165,15 +147,14 @@ def test_choose_is_eq_8():
 
 
 def test_deploy_looks_no_further_than_it_can_choose(tiny, monkeypatch):
-    """CA falls by a point per hundredth: with a margin of 2, 1.02 is the last to be chosen, 1.03 the last seen."""
-    monkeypatch.setattr(badsnn, "evaluate", lambda model, data, s, v, tau: dict(ca=100 * (2 - v), target_rate=0.0))
+    """CA falls by a point per hundredth: with a margin of 2, 1.02 is the last to be chosen, 1.03 the last seen. The
+    same below the nominal threshold where the malicious one lies there."""
+    monkeypatch.setattr(badsnn, "evaluate", lambda model, data, s, v, tau: dict(ca=-100 * abs(v - 1), target_rate=0))
     monkeypatch.setattr(badsnn, "asr", lambda model, data, s, v, tau, t: 50.0)
-    v_thr, rows = badsnn.deploy(None, tiny.data, replace(tiny.s, margin=2.001))
-    assert v_thr == 1.02 and [row["v_thr"] for row in rows] == [1.02, 1.03]
-    monkeypatch.setattr(badsnn, "evaluate", lambda model, data, s, v, tau: dict(ca=100 * v, target_rate=0.0))
-    towards = replace(tiny.s, margin=2.001, v_thr_t=0.8, v_thr_t_low=None)
-    v_thr, rows = badsnn.deploy(None, tiny.data, towards)
-    assert v_thr == 0.98 and [row["v_thr"] for row in rows] == [0.98, 0.97]
+    for v_thr_t, seen in ((1.5, [1.02, 1.03]), (0.8, [0.98, 0.97])):
+        s = replace(tiny.s, margin=2.001, v_thr_t=v_thr_t, v_thr_t_low=None)
+        v_thr, rows = badsnn.deploy(None, tiny.data, s)
+        assert v_thr == seen[0] and [row["v_thr"] for row in rows] == seen
 
 
 def test_choices_never_see_the_test_set(tiny, tmp_path):
@@ -200,6 +181,3 @@ def test_attack_is_table_1s_row(tiny, capsys):
     columns = ["ca", "target_rate", "asr_p", "asr_p_renormalized"] + ["asr_o"] * bool(run["t_o"]["n_blended"])
     for row in (*run["rows"], result["at_chosen"]):
         assert all(0 <= row[name] <= 100 and 0 <= row[f"{name}_clean_model"] <= 100 for name in columns)
-        assert {"v_thr", "tau", "asr_o"} <= set(row)
-    assert set(run["visible"]) == set(columns[2:]) and all(
-        set(size) == {"read", "l2", "linf", "psnr"} for size in run["visible"].values())

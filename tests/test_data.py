@@ -1,6 +1,5 @@
 """Data sets, the .npz format, foreign and damaged files, events, augmentation, held-out and poisoned samples."""
 import contextlib
-import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,30 +24,23 @@ def write_own(path, **changes):
     return str(path)
 
 
-def refusal(name, *arguments, **options):
+def refusal(name, root="data"):
     """The one line with which a set is refused."""
     with pytest.raises(ValueError) as refused:
-        load(str(name), *arguments, **options)
+        load(str(name), root)
     text = str(refused.value)
     assert text and len(text.splitlines()) == 1
     return text
 
 
 def test_digits(tmp_path, monkeypatch):
-    """Converted once, while another process converts it, too."""
-    def slow():
-        monkeypatch.setattr(sources, "digits", lambda: arrays)
-        load("digits", tmp_path)                                    # the other one begins and ends meanwhile
-        return arrays
-
-    d, arrays = load("digits", tmp_path), sources.digits()
-    (tmp_path / "digits.npz").unlink()
-    monkeypatch.setattr(sources, "digits", slow)
+    """Converted once; the statistics are those of PyTorch."""
+    d = load("digits", tmp_path)
     assert d.x_train.shape == (1437, 3, 16, 16) and d.x_test.shape == (360, 3, 16, 16)
     assert d.num_classes == 10 and not d.events and d.y_test.bincount().min() >= 34 and d.x_train.dtype == torch.uint8
-    for _ in range(2):          # converts, then reads
-        again = load("digits", tmp_path)
-        assert torch.equal(again.x_train, d.x_train) and (again.mean, again.note) == (d.mean, d.note)
+    monkeypatch.setattr(sources, "digits", None)
+    again = load("digits", tmp_path)
+    assert torch.equal(again.x_train, d.x_train) and (again.mean, again.note) == (d.mean, d.note)
     assert [p.name for p in tmp_path.iterdir()] == ["digits.npz"]          # no temporary file is left
     pixels = d.x_train.double().div(255).transpose(0, 1).flatten(1)
     assert np.abs(pixels.mean(1).numpy() - d.mean).max() < 1e-9 and np.abs(pixels.std(1).numpy() - d.std).max() < 1e-9
@@ -61,20 +53,15 @@ def test_own_npz(tmp_path):
     d = load(write_own(tmp_path / "digits.npz", classes=objects, class_names=np.array(["cat", "dog", "car"])))
     assert torch.equal(d.x_train[5], torch.from_numpy(X[5]).permute(2, 0, 1)) and d.class_names == ["cat", "dog", "car"]
     assert d.num_classes == 3 and d.name == "own-digits"
-    assert "/" not in load(write_own(tmp_path / "a set: 100 %.npz")).name
     assert "readable" in refusal(write_own(tmp_path / "own.npz", x_train=objects))
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(x_train=X.astype(np.float32)), "must be uint8"), (dict(x_train=X > 127), "must be uint8"),
-    (dict(x_train=X.astype(np.int64)), "must be uint8"), (dict(x_test=X[:6] // 255), "nothing but 0 and 1"),
-    (dict(x_train=X[..., 0]), "must be [N, H, W, 3]"), (dict(x_train=X.transpose(0, 3, 1, 2)), "must be [N, H, W, 3]"),
-    (dict(x_train=np.uint8(3)), "must be [N, H, W, 3]"), (dict(x_train=X[:, :8]), "at least 16"),
-    (dict(x_train=X[:5]), "5 samples"), (dict(x_train=X[:0], y_train=Y[:0]), "0 samples"),
-    (dict(x_test=np.full((6, 20, 20, 3), 9, np.uint8)), "differ in shape"), (dict(y_train=Y / 3), "whole numbers"),
-    (dict(y_train=np.eye(12, dtype=int)), "whole numbers"), (dict(y_train=np.array(["cat"] * 12)), "whole numbers"),
-    (dict(y_train=Y + 1), "all labels"), (dict(y_train=Y * 10), "all labels"),
-    (dict(y_train=Y * 0, y_test=Y[:6] * 0), "all labels"), (dict(y_test=Y[:6] - 1), "all labels")])
+    (dict(x_train=X.astype(np.float32)), "must be uint8"), (dict(x_test=X[:6] // 255), "nothing but 0 and 1"),
+    (dict(x_train=X.transpose(0, 3, 1, 2)), "must be [N, H, W, 3]"), (dict(x_train=X[:5]), "5 samples"),
+    (dict(x_test=np.full((6, 20, 20, 3), 9, np.uint8)), "differ in shape"),
+    (dict(y_train=np.eye(12, dtype=int)), "whole numbers"), (dict(y_train=Y + 1), "all labels"),
+    (dict(y_train=Y * 0, y_test=Y[:6] * 0), "all labels")])
 def test_bad_npz(tmp_path, changes, message):
     text = refusal(write_own(tmp_path / "own.npz", **changes))
     assert text.startswith(f"{tmp_path / 'own.npz'}: ") and message in text
@@ -82,14 +69,10 @@ def test_bad_npz(tmp_path, changes, message):
 
 def test_no_npz_at_all(tmp_path):
     path = tmp_path / "own.npz"
-    whole, array = Path(write_own(path)).read_bytes(), io.BytesIO()
-    np.save(array, X)
-    with zipfile.ZipFile(other := io.BytesIO(), "w") as file:
-        file.writestr("x_train.npy", b"<html>")
-    for content in (b"", b"<!DOCTYPE html>", array.getvalue(), other.getvalue(), whole[:3000], b"PK" + bytes(100)):
+    whole = Path(write_own(path)).read_bytes()
+    for content in (b"", b"<!DOCTYPE html>", whole[:3000]):
         path.write_bytes(content)
-        text = refusal(path)
-        assert text.startswith(f"{path}: ") and "context manager" not in text
+        assert refusal(path).startswith(f"{path}: not a readable .npz")
     assert "no such file" in refusal(tmp_path / "none.npz") and "unknown dataset" in refusal("mnist")
 
 
@@ -101,15 +84,14 @@ def test_an_asr_needs_test_samples_of_another_class(tmp_path):
             load_for(preset(path, device="cpu", poison_ratio=0.5, target=target))
 
 
-@pytest.mark.parametrize("name, hint", [("cifar10", "cifar-10-python.tar.gz"), ("nmnist", "NMNIST/Train"),
-                                        ("digits", "requirements.txt")])
-def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monkeypatch, name, hint):
-    for error in (OSError("<urlopen error: unreachable>"), KeyError("Filename"), SyntaxError("PNG"), ImportError("No"),
-                  zipfile.BadZipFile("no\nzip"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")):
-        for converter in ("image_set", "nmnist", "digits"):
-            monkeypatch.setattr(sources, converter, Mock(side_effect=error))
-        text = refusal(name, tmp_path)
-        assert type(error).__name__ in text and hint in text and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name, converter, error, hint", [
+    ("cifar10", "image_set", OSError("<urlopen error: unreachable>"), "cifar-10-python.tar.gz"),
+    ("nmnist", "nmnist", zipfile.BadZipFile("no\nzip"), "NMNIST/Train"),
+    ("digits", "digits", ImportError("sklearn"), "requirements.txt")])
+def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monkeypatch, name, converter, error, hint):
+    monkeypatch.setattr(sources, converter, Mock(side_effect=error))
+    text = refusal(name, tmp_path)
+    assert type(error).__name__ in text and hint in text and not list(tmp_path.iterdir())
 
 
 def test_images_of_torchvision(tmp_path, monkeypatch):
@@ -125,7 +107,6 @@ def test_images_of_torchvision(tmp_path, monkeypatch):
     assert d.y_train.tolist() == [0, 1, 0, 1] and d.y_test.tolist() == [0, 1] and d.class_names == ["cat", "dog"]
     for x, image in zip([*d.x_train, *d.x_test], images):
         assert np.array_equal(x.permute(1, 2, 0), np.asarray(image.resize((32, 32), resample=2)))
-    assert torch.equal(load("gtsrb", tmp_path).x_test, d.x_test)                # from the converted file
 
 
 # ----- Events
@@ -154,13 +135,9 @@ def test_part_of_the_nmnist_folder(tmp_path, capsys):
     assert d.events and len(d.x_train) + len(d.x_test) == 22 and d.x_train.shape[1:] == (5, 2, 34, 34)
     assert (d.x_train.flatten(2).sum(2) == 8).all()              # 40 events in 5 steps of 8
     assert "22 of N-MNIST's 70,000" in d.note and capsys.readouterr().out.count("leaves out Test/1/1000") == 4
-    assert "[0, 0] usable" in refusal("nmnist", tmp_path, T=41)
     write_recordings(tmp_path / "b/NMNIST/Test", range(10), 2).with_name("._00000.bin").write_bytes(bytes(4096))
     d = load("nmnist", tmp_path / "b")
     assert len(d.x_train) == len(d.x_test) == 10 == len(d.y_train.unique()) == len(d.y_test.unique())
-    write_recordings(tmp_path / "c/NMNIST/Train", (0, 2), 5)
-    assert "[5, 0, 5] usable recordings" in refusal("nmnist", tmp_path / "c")
-    assert not list((tmp_path / "c").glob("*.npz"))
 
 
 def test_framing_counts_by_hand():
@@ -169,9 +146,8 @@ def test_framing_counts_by_hand():
     frames = to_frames([events], T=2)
     assert frames.shape == (1, 2, 2, 34, 34) and frames.sum() == 4
     assert frames[0, 0, 1, 5, 1] == 2 and frames[0, 1, 0, 6, 2] == 1 and frames[0, 1, 1, 7, 3] == 1
-    for T in (0, 5):
-        with pytest.raises(ValueError, match=f"4 events for {T} steps"):
-            to_frames([events], T)
+    with pytest.raises(ValueError, match="4 events for 5 steps"):
+        to_frames([events], 5)
 
 
 def test_simulated_sensor():
@@ -180,9 +156,7 @@ def test_simulated_sensor():
     images[1, 8:20, 8:20], images[2, 8:20, 8:20] = 0.3, 1.0
     blank, faint, bright = simulate_saccades(images)
     assert len(blank) == 0 < len(faint) < len(bright)
-    assert set(bright["p"]) == {0, 1} and (np.diff(bright["t"]) >= 0).all()
-    assert 0 < bright["t"].min() and bright["t"].max() <= 300_000
-    assert bright["x"].max() < 34 and bright["y"].max() < 34
+    assert (np.diff(bright["t"]) >= 0).all() and 0 < bright["t"].min() and bright["t"].max() <= 300_000
     first = bright[bright["t"] <= 30_000]            # moves right and down: the front edges brighten
     assert first[first["p"] == 1]["y"].mean() > first[first["p"] == 0]["y"].mean()
 
@@ -202,8 +176,6 @@ def test_augment():
             assert len(match) == 1
             seen.update(match)
     assert len(seen) == 18
-    frames = torch.zeros(2, 4, 2, 34, 34, dtype=torch.uint8)
-    assert augment(frames, 1, False, 0, torch.Generator()).shape == frames.shape
 
 
 def test_augment_contrast():

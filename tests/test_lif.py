@@ -1,5 +1,4 @@
 """The neuron: worked by hand, beside SpikingJelly's, compiled; its gradients, its settings, what is saved of them."""
-import copy
 import io
 import math
 
@@ -10,7 +9,6 @@ from torch._dynamo.utils import counters
 
 from kit import machine
 from lif import LIF, PLIF, SURROGATES, Spike, count_spikes, lif_reference, neurons
-from models import build_model
 
 # By hand, v_thr = 1, tau = 0.5. v before the reset: 0.6 | 0.3+0.6=0.9 | 0.45+0.6=1.05 -> spike, 0 | 0.4 |
 # 0.2+0.8=1.0 -> spike (>=), 0 | -1.0 | -0.5+1.4=0.9 | 0.45+0.5=0.95
@@ -48,17 +46,16 @@ def test_worked_by_hand():
 def test_spikes_and_gradients_are_spikingjellys():
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 
-    class Triangle(nn.Module):
-        def forward(self, d):
-            return Spike.apply(d, "triangle")
-    theirs = neuron.LIFNode(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=Triangle(), step_mode="m")
+    def triangle(d):
+        return Spike.apply(d, "triangle")
+    theirs = neuron.LIFNode(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=triangle, step_mode="m")
     x = 2 * normal(8, 3, 4, 5, 5)
     for ours, other in zip(spikes_and_gradient(LIF(), x), spikes_and_gradient(theirs, x)):
         assert torch.allclose(ours, other, atol=1e-5) and ours.abs().sum() > 0
 
 
 def test_one_setting_per_sample():
-    """A batch of mixed settings gives every sample what it gets alone; a higher threshold never fires more."""
+    """A batch of mixed settings gives every sample what it gets alone."""
     x, v_thr, tau = 2 * normal(4, 4, 4, 6, 6), torch.tensor([0.7, 1.0, 1.5, 3]), torch.tensor([0, 0.5, 1, 0.9])
     mixed = spikes_and_gradient(LIF(v_thr, tau), x)
     for b in range(4):
@@ -66,9 +63,6 @@ def test_one_setting_per_sample():
         s = LIF(v_thr[b].item(), tau[b].item())(one)
         s.backward(normal(*x.shape, seed=1)[:, b:b + 1])
         assert torch.equal(s, mixed[0][:, b:b + 1]) and torch.allclose(one.grad, mixed[1][:, b:b + 1], atol=1e-6)
-    constant = torch.rand(1, 200, 1).expand(20, 200, 1) * 2
-    counts = [LIF(v)(constant).sum((0, 2)) for v in (0.5, 0.8, 1.0, 1.2, 1.5)]
-    assert all((a >= b).all() for a, b in zip(counts, counts[1:])) and counts[0].sum() > counts[-1].sum()
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -83,76 +77,34 @@ def test_surrogate_is_the_derivative_of_a_smooth_step(name):
     assert torch.allclose(grad, slope, atol=1e-4) and torch.equal(grad, SURROGATES[name](d))
 
 
-def test_what_is_no_number_stays_visible():
-    x = torch.ones(4, 2, 3)
-    x[1, 0, 0] = math.nan
-    s = LIF()(x)
-    assert s[-1, 0, 0].isnan() and s.isnan().sum() == 1        # in the answer of the last step, and nowhere else
-
-
-def test_bfloat16_and_memory_format():
-    """The dtype of the input comes back, computed in float32; images stay channels last, as convolutions left them."""
+def test_bfloat16():
+    """The dtype of the input comes back, computed in float32."""
     x = normal(4, 3, 5, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         s, grad = spikes_and_gradient(LIF(), x)
     assert s.dtype == grad.dtype == torch.bfloat16 and torch.equal(s.float(), lif_reference(x.float()))
-    last = x.float().flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 3))
-    s = LIF()(last)
-    assert torch.equal(s, lif_reference(x.float()))
-    assert s.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    still = normal(3, 5, 4, 4).expand(4, 3, 5, 4, 4)                           # as models.py feeds an image
-    assert torch.equal(LIF()(still), lif_reference(still))
 
 
 # ----- Compiled
 
-def graphs():
-    return counters["stats"]["unique_graphs"]
-
-
-@pytest.fixture
-def compiling(monkeypatch):
+def test_compiled_is_the_same(monkeypatch):
+    """One setting per sample, a learned tau, many steps; other sizes and settings need no new code. What is no number
+    stays visible in the answer of the last step."""
     monkeypatch.setitem(machine._compiling, "possible", True)
-    return machine.compiling
-
-
-def test_compiled_is_the_same(compiling):
-    """One setting per sample, a learned tau, what is no number; other sizes and settings need no new code."""
-    per_sample = LIF(torch.tensor([0.7, 1.0, 1.5]), torch.tensor([0, 0.5, 1]))
-    for neuron, T in ((per_sample, 2), (PLIF(), 4)):
+    graphs, per_sample = counters["stats"], LIF(torch.tensor([0.7, 1.0, 1.5]), torch.tensor([0, 0.5, 1]))
+    for neuron, T in ((per_sample, 2), (PLIF(), 4), (LIF(), 16)):
         x, learned = normal(T, 3, 4, 6, 6), list(neuron.parameters())
         x[0, 0, 0, 0, 0] = math.nan
-        plain, before = spikes_and_gradient(neuron, x, *learned), graphs()
-        with compiling(True):
-            fast, made = spikes_and_gradient(neuron, x, *learned), graphs()
+        plain, before = spikes_and_gradient(neuron, x, *learned), graphs["unique_graphs"]
+        with machine.compiling(True):
+            fast, made = spikes_and_gradient(neuron, x, *learned), graphs["unique_graphs"]
             neuron.v_thr, x = 1.2, normal(T, 3, 8, 5, 5)
             again = spikes_and_gradient(neuron, x, *learned)
-        assert before < made == graphs() and torch.equal(again[0], lif_reference(x, 1.2, neuron.decay()))
+        assert before < made == graphs["unique_graphs"] and torch.equal(again[0], lif_reference(x, 1.2, neuron.decay()))
         for ours, wanted in zip(fast, plain):
             assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
-        assert fast[0][-1, 0, 0, 0, 0].isnan() and 0 < fast[0][:, 1:].mean() < 1
+        assert plain[0][-1, 0, 0, 0, 0].isnan() and plain[0].isnan().sum() == 1 and 0 < fast[0][:, 1:].mean() < 1
     assert machine._compiling["possible"]
-
-
-def test_many_steps_compile_only_one(compiling):
-    """Compiling unrolls the loop over T: with 16 steps that took minutes. Beyond 8 the step is compiled alone."""
-    x, before = normal(16, 3, 4), graphs()
-    plain = spikes_and_gradient(LIF(), x)
-    with compiling(True):
-        fast, made = spikes_and_gradient(LIF(), x), graphs()
-        longer = spikes_and_gradient(LIF(), normal(40, 2, 4))
-    assert before < made <= before + 2 and graphs() <= made + 1
-    assert torch.equal(fast[0], plain[0]) and torch.allclose(fast[1], plain[1], atol=1e-5)
-    assert torch.equal(longer[0], lif_reference(normal(40, 2, 4)))
-
-
-@pytest.mark.parametrize("possible", [True, False], ids=["", "BADSNN_COMPILE=0"])
-def test_a_model_can_be_compiled_as_a_whole(possible, monkeypatch):
-    monkeypatch.setitem(machine._compiling, "possible", possible)
-    model, x = build_model("nmnist_net", 3, T=2, width=2).eval(), torch.rand(2, 2, 2, 34, 34)
-    torch._dynamo.reset()
-    with torch.no_grad(), neurons(model, v_thr=0.1):
-        assert torch.allclose(torch.compile(model)(x), model(x), atol=1e-4)
 
 
 # ----- Settings
@@ -180,40 +132,33 @@ def test_count_spikes():
 
 
 def test_bad_settings_and_input():
-    for v_thr, tau in ((0, 0.5), (math.nan, 0.5), (math.inf, 0.5), (1, -0.1), (1, 1.1), (torch.tensor([1.0, 0.0]), 0.5),
-                       (torch.ones(2, 2), 0.5), (nn.Parameter(torch.tensor(1.0)), 0.5),
-                       (1, torch.ones(3, requires_grad=True))):
-        for set_up in (LIF, lambda v_thr, tau: neurons(LIF(), v_thr, tau).__enter__()):
-            with pytest.raises(ValueError, match="v_thr|tau"):
-                set_up(v_thr, tau)
+    for v_thr, tau in ((torch.tensor([1.0, 0.0]), 0.5), (math.nan, 0.5), (1, 1.1), (torch.ones(2, 2), 0.5),
+                       (nn.Parameter(torch.tensor(1.0)), 0.5)):
+        with pytest.raises(ValueError, match="v_thr|tau"):
+            LIF(v_thr, tau)
+    with pytest.raises(ValueError, match="v_thr must"), neurons(LIF(), 0):
+        pass
     with pytest.raises(ValueError, match="batch of 3"):
         LIF(torch.ones(2))(torch.randn(4, 3, 5))
-    for x in (torch.randn(4), torch.ones(2, 3, 4, dtype=torch.uint8), torch.ones(2, 3, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="floats.*T, B"):
-            LIF()(x)
+    with pytest.raises(ValueError, match="floats.*T, B"):
+        LIF()(torch.ones(2, 3, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="surrogate"):
         LIF(surrogate="relu")
 
 
 def test_the_setting_is_saved_with_the_model():
     """A deployed model is its weights and its setting: both are in the state_dict, loadable with weights_only."""
-    def build():
-        return nn.Sequential(LIF(), nn.Linear(4, 4), PLIF())
-
-    model, loaded, file = build(), build(), io.BytesIO()
+    model, loaded, file = nn.Sequential(LIF(), PLIF()), nn.Sequential(LIF(), PLIF()), io.BytesIO()
     with torch.no_grad():
-        model[2].w.fill_(0.7)
-    model[0].v_thr, model[0].tau, model[2].v_thr = 1.2, 0.3, torch.tensor(1.1)
+        model[1].w.fill_(0.7)
+    model[0].v_thr, model[0].tau, model[1].v_thr = 1.2, 0.3, torch.tensor(1.1)
     torch.save(model.state_dict(), file)
     file.seek(0)
     loaded.load_state_dict(torch.load(file, weights_only=True))
-    assert (loaded[0].v_thr, loaded[0].tau, loaded[2].v_thr) == (1.2, 0.3, model[2].v_thr.item())
-    assert loaded[2].tau == "sigmoid(w)" and loaded[2].decay().item() == model[2].decay().item()
-    assert list(model.state_dict()) == ["0._extra_state", "1.weight", "1.bias", "2.w", "2._extra_state"]
+    assert (loaded[0].v_thr, loaded[0].tau, loaded[1].v_thr) == (1.2, 0.3, model[1].v_thr.item())
+    assert loaded[1].decay().item() == model[1].decay().item()
     with neurons(model, v_thr=torch.tensor([1.0, 1.5]), tau=0.5):                       # one value per sample
         loaded.load_state_dict(model.state_dict())
     assert loaded[0].v_thr.tolist() == [1.0, 1.5] and loaded[0].tau.tolist() == [0.5, 0.5] and model[0].v_thr == 1.2
     with pytest.raises(ValueError, match="v_thr must"):
         loaded[0].set_extra_state(torch.tensor([-1.0, 0.5]))
-    x = torch.randn(3, 5, 4)
-    assert torch.equal(copy.deepcopy(model)(x), model(x))

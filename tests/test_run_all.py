@@ -10,7 +10,6 @@ STAND_IN = """#!/bin/bash
 here=$(dirname "$(realpath "$0")")
 case "$*" in
     *find_spec*) [ -e "$here/packages" ] ;;
-    *version_info*) [ ! -e "$here/old" ] ;;
     *ensurepip*) [ ! -e "$here/no_ensurepip" ] ;;
     "-m pip --version") [ -e "$here/pip" ] ;;
     "-m pip install"*) [ ! -e "$here/../../offline" ] && touch "$here/packages" ;;
@@ -19,7 +18,7 @@ case "$*" in
         [ ! -e "$here/no_venv" ] || exit 1
         rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; touch .venv/bin/pip
         case "$*" in *system-site*) touch .venv/bin/packages ;; esac ;;
-    *) echo "ran: $*" ;;
+    *) echo "$*" ;;
 esac
 """
 
@@ -42,12 +41,10 @@ def test_a_bare_machine_is_set_up_once(run, tmp_path):
     failed = run("setup")
     assert failed.returncode == 2 and "run this again" in failed.stderr
     (tmp_path / "work/offline").unlink()
-    for removed, installs in ((None, True), (None, False), ("pip packages", True)):
-        for name in removed.split() if removed else ():
-            (tmp_path / "work/.venv/bin" / name).unlink()
-        done = run("setup")
-        assert done.returncode == 0 and ("Installing" in done.stdout) == installs
-        assert (tmp_path / "work/.venv/bin/packages").exists()
+    assert "Installing" in run("setup").stdout and "Installing" not in run("setup").stdout
+    for name in ("pip", "packages"):
+        (tmp_path / "work/.venv/bin" / name).unlink()
+    assert "Installing" in run("setup").stdout and (tmp_path / "work/.venv/bin/packages").exists()
 
 
 def test_packages_of_the_system_are_used_through_a_venv(run, tmp_path):
@@ -57,16 +54,14 @@ def test_packages_of_the_system_are_used_through_a_venv(run, tmp_path):
     done = run("setup")
     assert done.returncode == 0 and "Installing" not in done.stdout and (tmp_path / "work/.venv/bin/python").exists()
     assert "--without-pip" in (tmp_path / "bin/log").read_text()
-    for arguments, ran in (("", "badsnn.py story"), ("--seed 3", "badsnn.py story --seed 3"),
+    for arguments, ran in (("--seed 3", "badsnn.py story --seed 3"), ("test -k lif", "tests -k lif"),
                            ("gtsrb --epochs 2", "badsnn.py attack --dataset gtsrb --epochs 2"),
-                           ("gtsrb --results mine", "badsnn.py report --results mine"),
-                           ("test -k lif", "tests -k lif")):
+                           ("gtsrb --results mine", "badsnn.py report --results mine")):
         assert ran in run(*arguments.split()).stdout
 
 
-@pytest.mark.parametrize("lacks, message", [("no_venv", "python3-venv"), ("old", "3.10 or newer")])
-def test_what_cannot_be_repaired_is_said_in_one_line(run, tmp_path, lacks, message):
-    (tmp_path / "bin" / lacks).touch()
+def test_what_cannot_be_repaired_is_said_in_one_line(run, tmp_path):
+    (tmp_path / "bin/no_venv").touch()
     done = run("setup")
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "python3-venv" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "work/.venv").exists()
