@@ -4,8 +4,7 @@
     data = load("ndigits", T=4)           # x_train [N, T, 2, 34, 34]: events counted per step
     data = load("path/to/own.npz")        # x_train, x_test: uint8 [N, H, W, 3]; y_train, y_test [N]
 
-digits ships inside scikit-learn, ndigits are the same as SIMULATED events, the others are
-downloaded and converted once (kit/sources.py).
+digits ships in scikit-learn, ndigits are these as SIMULATED events; others: see kit/sources.py.
 """
 import re
 from dataclasses import dataclass, replace
@@ -37,10 +36,9 @@ class Dataset:
 
 
 def load(name, root="data", T=4):
-    """A Dataset: images [N, C, H, W] or event counts [N, T, 2, 34, 34]. Raises ValueError.
-
-    name: digits, cifar10, cifar100, gtsrb, ndigits, nmnist, or the path of an .npz file. root:
-    folder of the converted files. T: time steps of events."""
+    """A Dataset: images [N, C, H, W] or event counts [N, T, 2, 34, 34]. name: digits, cifar10,
+    cifar100, gtsrb, ndigits, nmnist, or the path of an .npz file. root: folder of the converted
+    files. T: time steps of events. Raises ValueError."""
     arrays = sources.read(name, root, T)
     x_train, y_train, x_test, y_test = (torch.from_numpy(arrays[key]) for key in sources.KEYS)
     K, events, mean, std = len(y_train.unique()), x_train.dim() == 5, None, None
@@ -55,8 +53,7 @@ def load(name, root="data", T=4):
                    names, str(arrays.get("note", "")))
 
 
-def channel_statistics(x):
-    """Mean and standard deviation per channel, in [0, 1], of x: uint8 [N, C, H, W]."""
+def channel_statistics(x):      # mean and standard deviation in [0, 1] of uint8 [N, C, H, W]
     counts = torch.stack([one.flatten().bincount(minlength=256) for one in x.unbind(1)]).double()
     values, n = torch.arange(256).double() / 255, counts[0].sum()
     mean = counts @ values / n
@@ -69,8 +66,6 @@ def load_for(s):
     data = load(s.dataset, s.data, s.T)
     need(data.events == (s.model == "nmnist_net"), f"{s.dataset} holds "
          f"{'events' if data.events else 'images'}, which --model {s.model} does not take")
-    need(not data.events or not (s.contrast or s.malicious_contrast),
-         f"{s.dataset} holds events; --contrast and --malicious-contrast are for images")
     need(data.events or s.frames == "counts", f"{s.dataset} holds images; --frames is for events")
     T = data.x_train.shape[1] if data.events else s.T
     need(T == s.T, f"{s.dataset} has {T} steps per recording, not --T {s.T}")
@@ -84,21 +79,19 @@ def load_for(s):
     part, held = hold_out(data)
     poison_indices(part.y_train, s.target, s.poison_ratio, s.seed)      # raises if that is none
     need(all((y != s.target).any() for y in (data.y_test, held.y_test)), f"{s.dataset}: all test "
-         f"or held-out samples are of the target class {s.target}, and an ASR counts the others; "
-         "raise --n-test or --n-train, or choose another --target")
+         f"or held-out samples are of class {s.target}, and an ASR counts others; choose --target")
     return replace(data, name=f"{data.name}-binary") if s.frames == "binary" else data
 
 
 def hold_out(data, share=0.1):
     """(data without a share of its training samples, data whose test samples are that share: there
-    the attacker chooses). Of every class, but never all; the same for every seed."""
+    the attacker chooses), of every class, but never all; the same for every seed."""
     held, rng = torch.zeros(len(data.y_train), dtype=torch.bool), generator(0, "held-out samples")
     for label in data.y_train.unique():
         rows = (data.y_train == label).nonzero().flatten()
         count = min(max(round(share * len(rows)), 1), len(rows) - 1)
         held[rows[torch.randperm(len(rows), generator=rng)[:count]]] = True
-    need(held.any(), f"{data.name}: no class has two training samples, so none can be held out; "
-         "use more (--n-train)")
+    need(held.any(), f"{data.name}: no class has two training samples; use more (--n-train)")
     part = replace(data, x_train=data.x_train[~held], y_train=data.y_train[~held])
     return part, replace(part, x_test=data.x_train[held], y_test=data.y_train[held])
 
@@ -117,7 +110,8 @@ def to_uint8(x):
 def augment(x, pad, flip, contrast, rng):
     """Shifts samples x [B, ..., H, W] (uint8, or floats in [0, 1]) by up to `pad` pixels, mirrors
     half of them if `flip`, lowers their contrast, each by a draw of its own. contrast in [0, 1):
-    black is lifted by up to that share of the range, the rest scaled by at least 1 - contrast."""
+    black is lifted by up to that share of the range, the rest scaled by at least 1 - contrast; of
+    event counts [B, T, 2, H, W] up to that share of the events is lost, at random."""
     B, (H, W) = len(x), x.shape[-2:]
     padded = F.pad(x.flatten(1, -3), (pad,) * 4)
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng).to(x.device)
@@ -129,6 +123,9 @@ def augment(x, pad, flip, contrast, rng):
     sample = torch.arange(B, device=x.device).view(B, 1, 1, 1)
     channel = torch.arange(padded.shape[1], device=x.device).view(1, -1, 1, 1)
     x = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]].view(x.shape)
+    if contrast and x.dim() == 5:
+        keep = 1 - contrast * torch.rand(B, 1, 1, 1, 1, generator=rng)
+        return torch.binomial(x.float().cpu(), keep.expand(x.shape), generator=rng).to(x)
     if contrast:
         white = 255 if x.dtype == torch.uint8 else 1
         draws = torch.rand(2, B, *[1] * (x.dim() - 1), generator=rng)
@@ -142,8 +139,7 @@ def poison_indices(labels, target, poison_ratio, seed):
     """Which samples become D_t^p (Sec. 3.3.1): P * |D_t| of the target class's samples.
 
     labels: int64 [N]. poison_ratio: P = |D_t^p| / |D_t| in (0, 1], a share of the TARGET CLASS; or,
-    above 1, a number of samples, at most half of the class. Returns sorted indices, or raises
-    ValueError."""
+    above 1, a number, at most half of the class. Returns sorted indices. Raises ValueError."""
     rows = (labels == target).nonzero().flatten()
     count = min(round(poison_ratio), len(rows) // 2)
     if poison_ratio <= 1:

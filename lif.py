@@ -17,7 +17,6 @@ halves per step). No neuron keeps anything between calls: every forward pass sta
         logits = model(images)
 """
 import contextlib
-import math
 from functools import partial
 
 import torch
@@ -27,54 +26,45 @@ from kit.machine import compiled
 
 V_THR_N, TAU_N = 1.0, 0.5       # S_n, the nominal setting (Table 1; Sec. 4.1 prints tau as 0.05)
 
-# ----- Surrogate gradients. A spike is a step function of v: its derivative is 0 almost everywhere,
-# so nothing could be learned. In the backward pass, and only there, the derivative is replaced by a
-# bump around the threshold: a neuron learns where it fired, or did not, by a small margin.
-
+# ----- The surrogate gradient. A spike is a step function of v: its derivative is 0 almost
+# everywhere, so nothing could be learned. In the backward pass, and only there, the derivative is
+# replaced by a bump around the threshold: a neuron learns where it nearly fired, or nearly did not.
 
 def triangle(d):
     """ds/dv = max(0, 1 - |d|), for d = v - v_thr of any shape (width 1: as in SEENN and TET).
-    # differs from SEENN (Li et al. 2023), which trains with the surrogate "dspike" (gamma = 3)
+    # differs from SEENN (Li et al. 2023), which trains with "dspike", and from N-MNIST-Net's source
+    # (Abad et al. 2024), which trains with arctan
     """
     return (1 - d.abs()).clamp(min=0)
-
-
-def arctan(d):
-    """ds/dv = 1 / (1 + (pi d)^2), for d = v - v_thr of any shape (ATan, Fang et al. 2021)."""
-    return 1 / (1 + (math.pi * d) ** 2)
-
-
-SURROGATES = {"triangle": triangle, "arctan": arctan}
 
 
 class Spike(torch.autograd.Function):
     """Step function forward, surrogate gradient backward: d = v - v_thr (any shape) -> 0 or 1."""
 
     @staticmethod
-    def forward(ctx, d, surrogate):
+    def forward(ctx, d):
         ctx.save_for_backward(d)
-        ctx.surrogate = surrogate
         return (d >= 0).to(d.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * SURROGATES[ctx.surrogate](ctx.saved_tensors[0]), None
+        return grad * triangle(ctx.saved_tensors[0])
 
 
 # ----- The neuron
 
-def step(v, x, v_thr, tau, surrogate):
+def step(v, x, v_thr, tau):
     """One time step of all neurons: their potentials v and currents x -> new potentials, spikes."""
     v = tau * v + x                             # charge
-    s = Spike.apply(v - v_thr, surrogate)       # fire
+    s = Spike.apply(v - v_thr)                  # fire
     return v * (1 - s), s                       # reset
 
 
-def loop(x_seq, v_thr, tau, surrogate, step=step):
+def loop(x_seq, v_thr, tau, step=step):
     """All time steps: x_seq [T, B, ...] -> spikes. v_thr, tau: tensors that fit x_seq[0]."""
     v, spikes = torch.zeros_like(x_seq[0]), []
     for x in x_seq:
-        v, s = step(v, x, v_thr, tau, surrogate)
+        v, s = step(v, x, v_thr, tau)
         spikes.append(s)
     spikes[-1] = s + 0 * v.detach()             # NaN stays NaN: a broken network is no silent one
     return torch.stack(spikes)
@@ -83,26 +73,23 @@ def loop(x_seq, v_thr, tau, surrogate, step=step):
 fast_loop, fast_step = compiled(loop), compiled(step)       # the same lines, for long trainings
 
 
-def lif_reference(x_seq, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
+def lif_reference(x_seq, v_thr=V_THR_N, tau=TAU_N):
     """The neuron of Eq. 1 by its definition, differentiated by autograd: x_seq [T, B, ...] ->
     spikes. v_thr and tau: a number, or one value per sample [B]. The reset is part of the gradient
     (as in SEENN; some libraries detach it)."""
-    return loop(x_seq, per_sample(v_thr, x_seq), per_sample(tau, x_seq), surrogate)
+    return loop(x_seq, per_sample(v_thr, x_seq), per_sample(tau, x_seq))
 
 
 class LIF(nn.Module):
     """A layer of leaky integrate-and-fire neurons (Eq. 1): [T, B, ...] -> spikes [T, B, ...].
 
     v_thr > 0 and tau in [0, 1]: numbers, or tensors [B], one value per sample; else ValueError.
-    surrogate: a key of SURROGATES. v_thr and tau are in the state_dict: a deployed model is weights
-    AND setting."""
+    Both are in the state_dict: a deployed model is weights AND setting."""
 
-    def __init__(self, v_thr=V_THR_N, tau=TAU_N, surrogate="triangle"):
+    def __init__(self, v_thr=V_THR_N, tau=TAU_N):
         super().__init__()
         check_setting(v_thr, tau)
-        if surrogate not in SURROGATES:
-            raise ValueError(f"unknown surrogate {surrogate!r}; known: {', '.join(SURROGATES)}")
-        self.v_thr, self.tau, self.surrogate = v_thr, tau, surrogate
+        self.v_thr, self.tau = v_thr, tau
 
     def forward(self, x_seq):
         """x_seq: input currents [T, B, ...], floats -> spikes, 0 or 1, same shape and dtype."""
@@ -112,7 +99,7 @@ class LIF(nn.Module):
         x = (x_seq.movedim(2, -1) if image else x_seq).float()
         run = fast_loop if len(x) <= 8 else partial(loop, step=fast_step)   # compiling unrolls T
         with torch.autocast(x.device.type, enabled=False):
-            s = run(x, per_sample(self.v_thr, x), per_sample(self.decay(), x), self.surrogate)
+            s = run(x, per_sample(self.v_thr, x), per_sample(self.decay(), x))
         return (s.movedim(-1, 2) if image else s).to(x_seq.dtype)
 
     def decay(self):
@@ -135,8 +122,8 @@ class PLIF(LIF):
     # differs from Fang et al.: the input is not scaled by 1 - tau, so that at the start PLIF is LIF
     """
 
-    def __init__(self, v_thr=V_THR_N, surrogate="triangle"):
-        super().__init__(v_thr, TAU_N, surrogate)
+    def __init__(self, v_thr=V_THR_N):
+        super().__init__(v_thr, TAU_N)
         self.tau = "sigmoid(w)"
         self.w = nn.Parameter(torch.zeros(()))
 

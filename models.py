@@ -11,7 +11,6 @@ time first. Convolutions and BatchNorm know no time, they see T * B images; only
 one step to the next.
 """
 import contextlib
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import nn
 from lif import LIF, PLIF
 
 WIDTHS = {"resnet19": 16, "vgg16": 16, "nmnist_net": 16}    # for two cores; sources: 128, 64, 128
-NEURONS = {"lif": LIF, "plif": PLIF, "lif_atan": partial(LIF, surrogate="arctan")}
+NEURONS = {"lif": LIF, "plif": PLIF}
 
 
 def per_step(layers, s):
@@ -177,9 +176,8 @@ class NMNISTNet(nn.Module):
 def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std=None):
     """One of the networks of Sec. 4.1 with fresh weights; ValueError for an unknown name or a bad
     number. name: resnet19 | vgg16 (images [B, 3, H, W] in [0, 1]) | nmnist_net (events [B, T, 2,
-    34, 34]). T: time steps. width: channels of the first stage (None: WIDTHS). neuron: lif | plif |
-    lif_atan (the surrogate of N-MNIST-Net's source). mean, std: per channel, the network's own
-    first layer (images only)."""
+    34, 34]). T: time steps. width: channels of the first stage (None: WIDTHS). neuron: lif | plif.
+    mean, std: per channel, the network's own first layer (images only)."""
     if name not in WIDTHS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(WIDTHS)}")
     if neuron not in NEURONS:
@@ -191,6 +189,12 @@ def build_model(name, num_classes, T=4, width=None, neuron="lif", mean=None, std
     build = dict(resnet19=resnet19, vgg16=vgg16, nmnist_net=NMNISTNet)[name]
     model = build(num_classes, T, width, NEURONS[neuron], mean or (0.5,) * 3, std or (0.25,) * 3)
     return model.to(memory_format=torch.channels_last)
+
+
+def fresh_model(data, s):       # with the weights that the seed gives
+    torch.manual_seed(s.seed)
+    shape = data.num_classes, s.T, s.width, s.neuron, data.mean, data.std
+    return build_model(s.model, *shape).to(s.device)
 
 
 @contextlib.contextmanager

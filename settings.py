@@ -9,7 +9,7 @@ what differs. The command line is made from this file, its comments are the help
 """
 import inspect
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from kit import machine, sources
@@ -26,7 +26,7 @@ class Settings:
     model: str = "resnet19"         # resnet19 or vgg16 for images, nmnist_net for events
     width: int = None               # channels of the first stage (none: 16; sources: 64 or 128)
     T: int = 4                      # time steps
-    neuron: str = "lif"             # lif; plif learns its tau; lif_atan has another surrogate
+    neuron: str = "lif"             # lif; plif learns its tau
 
     # training
     epochs: int = 30                # passes over the training samples
@@ -78,8 +78,6 @@ class Settings:
                 check_range(name, getattr(self, name), interval)
         if self.v_thr_t_low is not None and self.v_thr_t_low > self.v_thr_t:
             raise ValueError(f"--v-thr-t-low must be at most --v-thr-t, not {self.v_thr_t_low}")
-        if self.neuron != "plif" and None in (self.tau_t, self.tau_a):
-            raise ValueError("these settings were made for PLIF, whose tau is learned")
         if not re.fullmatch(r"[\w-]{0,50}", self.variant):
             raise ValueError(f"--variant must be up to 50 letters, digits, -, _: {self.variant!r}")
         filled = dict(width=self.width or WIDTHS[self.model], device=machine.usable(self.device),
@@ -150,10 +148,9 @@ PRESETS = {
 
 def preset(dataset, **changes):
     """The Settings of a data set, or of an own .npz file, with changes. Raises ValueError."""
-    known = {f.name for f in fields(Settings)}
     for name in changes:
-        if name not in known:
-            raise ValueError(f"there is no setting {name!r}; known: {', '.join(sorted(known))}")
+        if name not in KNOBS:
+            raise ValueError(f"there is no setting {name!r}; known: {', '.join(KNOBS)}")
     for name in {"tau_t", "tau_a"} & set(changes):
         if changes.get("neuron") == "plif" and changes[name] is not None:
             raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns tau")

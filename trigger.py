@@ -10,6 +10,8 @@ comes back. T_o, the optimised trigger, is a small network trained against the b
     train_unet(unet, model, x, wanted, target, std)                     # Eqs. 5, 6
     x_trig = optimized_trigger(x, unet, target)
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,11 +35,10 @@ def per_channel(values, x):
 
 def power_trigger(x, q, mean, std, renormalize=False):
     """T_p (Sec. 3.3.2, Eq. 3) with exponent q: images [B, C, H, W] in [0, 1] -> the same. Eq. 3
-    de-normalises, raises every pixel to the power q, and feeds x^q to the network as it is: where
-    the network expects (pixel - mean) / std it gets x^q. In pixels that is mean + std * x^q, A
-    PALE, GREY VERSION of the image. renormalize=True is the other reading, the darkened image x^q
-    (then q = 1 changes nothing). mean, std: those of the network's first layer. ValueError: q <= 0.
-    """
+    raises every pixel to the power q and feeds x^q to a network that expects (pixel - mean) / std.
+    In pixels that is mean + std * x^q, A PALE, GREY VERSION of the image. renormalize=True is the
+    other reading, the darkened image x^q (then q = 1 changes nothing). mean, std: those of the
+    network's first layer. ValueError: q <= 0."""
     if not 0 < q < float("inf"):
         raise ValueError(f"q must be greater than 0, not {q}")
     x = floats(x) ** q
@@ -59,6 +60,15 @@ def spike_trigger(frames, beta, generator=None):
 def seeded_spike_trigger(frames, beta, seed=0):
     """spike_trigger with noise that the seed and the frames [B, T, 2, H, W] decide."""
     return spike_trigger(frames, beta, generator(seed, "T_s", fingerprint(frames)))
+
+
+def simple_triggers(data, s):
+    """The triggers that need no training, by their column's name: T_p or T_s, and a control."""
+    if data.events:
+        t_s = partial(seeded_spike_trigger, seed=s.seed)
+        return {"asr_p": partial(t_s, beta=s.beta), "asr_clip_only": partial(t_s, beta=0.0)}
+    t_p = partial(power_trigger, q=s.q, mean=data.mean, std=data.std)
+    return {"asr_p": t_p, "asr_p_renormalized": partial(t_p, renormalize=True)}
 
 
 def sizes(t, x, batch=512):
@@ -222,16 +232,15 @@ def trigger_losses(made, wanted, logits, target, std):
 
 def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nominal_weight=0.0,
                epochs=8, batch=50, lr=1e-3, seed=0):
-    """Trains T_o by Eqs. 5 and 6, at the model's setting, on x, wanted [N, C, H, W]; returns the
-    three mean losses per epoch. lambdas: their weights. nominal_weight: of a fourth loss, ours, the
-    cross-entropy that keeps the answers at S_n what they are for x, so that T_o is not an
-    adversarial example, which fools a clean model, too.
+    """Trains T_o by Eqs. 5 and 6, at the model's setting, on x, wanted [N, C, H, W]. lambdas: the
+    weights of the three losses. nominal_weight: of a fourth, ours, the cross-entropy that keeps the
+    answers at S_n what they are for x, so that T_o is not an adversarial example, which fools a
+    clean model, too.
     # differs from the paper: lambda_adv is 1, not 0.1, and Eq. 6 has its loss at S_n
     """
-    shuffle = generator(seed, "shuffle of T_o")
     optimizer, steps = torch.optim.Adam(unet.parameters(), lr=lr), max(1, len(x) // batch)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps, eta_min=lr / 10)
-    weights, history = torch.tensor(lambdas, device=x.device), []
+    weights, shuffle = torch.tensor(lambdas, device=x.device), generator(seed, "shuffle of T_o")
     unet.train()
     with frozen(model):
         if nominal_weight:
@@ -239,13 +248,11 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
                 answers = torch.cat([model(images).argmax(1) for images in x.split(batch)])
         for _ in range(epochs):
             order = torch.randperm(len(x), generator=shuffle).to(x.device)
-            total = torch.zeros(3, device=x.device)
             for rows in order.split(batch)[:steps]:
                 made = unet(x[rows], target)
                 triggered = (x[rows] + made).clamp(0, 1)
                 losses = trigger_losses(made, wanted[rows], model(triggered), target, std)
-                losses = torch.stack(losses)
-                loss = (losses * weights).sum()
+                loss = (torch.stack(losses) * weights).sum()
                 if nominal_weight:
                     with neurons(model, V_THR_N, TAU_N):
                         nominal = model(triggered)
@@ -254,10 +261,7 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
                 loss.backward()
                 optimizer.step()
                 cosine.step()
-                total += losses.detach() / steps
-            history.append(total.tolist())
     unet.eval()
-    return history
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.machine import of_rank_0, rank
+from kit.machine import rank
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,14 +28,6 @@ def replace_file(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def check_writable(*folders):
-    """Raises ValueError for a folder that cannot be made or written to: asked before hours are spent."""
-    for folder in folders:
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(f"cannot write to {folder}: {existing} is not a writable folder")
 
 
 def write_text(path, text):
@@ -91,13 +83,11 @@ def code_of(*patterns):
 def kept(path, deciders, run, fresh=False):
     """(result, whether it was there): a dict from `path` if it was made with equal `deciders` (a dict of plain values:
     all that decides the result), else run()'s, written there."""
-    result, made_from = None, fingerprint(deciders)
-    if rank() == 0 and not fresh:
-        with contextlib.suppress(ValueError):           # no file, or a damaged one
-            result = read_json(path)
-    result = of_rank_0(result)
-    if isinstance(result, dict) and result.get("made_from") == made_from:
-        return result, True
+    made_from = fingerprint(deciders)
+    with contextlib.suppress(ValueError, TypeError, LookupError):       # no file, or a damaged one
+        result = read_json(path)
+        if result["made_from"] == made_from and not fresh:
+            return result, True
     result = dict(run(), made_from=made_from)
     write_json(path, result)
     return result, False
@@ -109,8 +99,7 @@ def mean_of(rows):
     for key in means:
         numbers = [row[key] for row in rows if isinstance(row.get(key), float)]
         if numbers:
-            digits = 4 if max(map(abs, numbers)) < 10 else 2
-            means[key] = round(sum(numbers) / len(numbers), digits)
+            means[key] = round(statistics.fmean(numbers), 4)
     return means
 
 

@@ -1,12 +1,12 @@
 """Processes and devices: models trained side by side, one model trained by several processes, compiling, memory."""
 import contextlib
 import ctypes
+import functools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -27,7 +27,7 @@ def say(line):
         print(f"{_worker['name']:<22} {line}" if _worker else line, flush=True)
 
 
-def side_by_side(function, jobs, s, names=None):
+def side_by_side(function, jobs, s):
     """[function(*job) for job in jobs] in as many processes as there are jobs and cores; on a GPU in s.processes (none:
     in order). function, jobs: picklable. Raises what a job raises; a killed worker ends the others: ValueError."""
     at_once = s.processes or (1 if s.device.startswith("cuda") else cores())
@@ -37,8 +37,7 @@ def side_by_side(function, jobs, s, names=None):
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
                                [threads_each(cores(), workers)])
     try:
-        names = names or [", ".join(named(part) for part in job) for job in jobs]
-        tasks = [pool.submit(_run_job, name, function, job) for name, job in zip(names, jobs)]
+        tasks = [pool.submit(_run_job, function, job) for job in jobs]
         pool.submit(int)        # wakes the pool, which otherwise may not watch its last worker
         return [task.result() for task in tasks]
     except BrokenProcessPool:
@@ -51,8 +50,10 @@ def side_by_side(function, jobs, s, names=None):
 
 
 def named(part):
-    """How a part of a job is called in front of what its process prints."""
-    return f"seed {part.seed}" if hasattr(part, "seed") else str(part)
+    """How a part of a job is called in front of what its process prints: a seed or a word."""
+    if hasattr(part, "seed"):
+        return f"seed {part.seed}"
+    return part if isinstance(part, str) else ""
 
 
 def _start_worker(threads):
@@ -68,8 +69,8 @@ def _start_worker(threads):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _run_job(name, function, job):
-    _worker["name"] = name
+def _run_job(function, job):
+    _worker["name"] = " ".join(filter(None, map(named, job)))
     return function(*job)
 
 
@@ -90,30 +91,19 @@ def cores():
     return max(1, allowed)
 
 
-# ----- One model by several processes (torchrun)
+# ----- One model by several processes of one host (torchrun); only rank 0 prints and writes
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(rows):
-    """This process's part of a batch's rows."""
+def share(rows):        # this process's part of a batch's rows
     return rows[rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
-def of_rank_0(value):
-    """What rank 0 has, for every process, once all have come here: rank 0 alone reads and writes files."""
-    values = [value]
+def wait_for_all():     # or a process may read what rank 0 has not written yet
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def first_alone(function, *arguments):
-    """function(*arguments) in every process, first in rank 0: it may download what the others then find."""
-    result = function(*arguments) if rank() == 0 else None
-    of_rank_0(None)
-    return result if rank() == 0 else function(*arguments)
+        dist.barrier()
 
 
 def data_parallel(model):
@@ -128,20 +118,17 @@ def data_parallel(model):
 @contextlib.contextmanager
 def processes(s):
     """Yields the settings. Under torchrun it joins the group first, one process per device. Raises ValueError."""
-    if "WORLD_SIZE" not in os.environ:
-        yield s
-        return
-    ranks, cuda = int(os.environ["WORLD_SIZE"]), s.device.startswith("cuda")
+    ranks, cuda = int(os.environ.get("WORLD_SIZE", 1)), s.device.startswith("cuda")
     if s.batch_size % ranks or s.malicious_rows % ranks:
         raise ValueError(f"--batch-size {s.batch_size}, --malicious-rows {s.malicious_rows}: no multiples of {ranks}")
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    if cuda:
-        s = replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(s.device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        s = replace(s, device=f"cuda:{os.environ['LOCAL_RANK']}") if cuda else s
     try:
         yield s
     finally:
-        dist.destroy_process_group()
+        if ranks > 1:
+            dist.destroy_process_group()
 
 
 def usable(device):
@@ -168,8 +155,10 @@ def autocast(s, **options):
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=bool(s.bf16), **options)
 
 
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)     # warns of CUDA files beside no GPU
-_compiling = dict(wanted=False, possible=os.environ.get("BADSNN_COMPILE", "1") != "0")
+# warnings of CUDA files beside no GPU, and of a missing C++ compiler, without which the neuron runs as it is written
+for _name in ("torch.utils.cpp_extension", "torch._dynamo"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+_compiling = dict(wanted=False)
 
 
 @contextlib.contextmanager
@@ -184,23 +173,16 @@ def compiling(wanted):
 
 def compiled(function):
     """The function under torch.compile inside `compiling`; as it is elsewhere, inside somebody's own torch.compile, and
-    where compiling fails (no C++ compiler, say; said once)."""
-    fast = None
+    where compiling fails (no C++ compiler, say)."""
+    @functools.cache
+    def fast():
+        torch._dynamo.config.recompile_limit = 64       # a graph for every T, dtype and layout
+        torch._dynamo.config.suppress_errors = True
+        return torch.compile(function, dynamic=True)
 
     def run(*args):
-        nonlocal fast
-        if not (_compiling["wanted"] and _compiling["possible"]) or torch.compiler.is_compiling():
-            return function(*args)
-        try:
-            if fast is None:
-                torch._dynamo.config.recompile_limit = 64       # a graph for every T, dtype and layout
-                fast = torch.compile(function, dynamic=True)
-            return fast(*args)
-        except Exception as error:
-            result = function(*args)        # raises as well if the arguments are to blame, not the compiler
-            _compiling["possible"] = False
-            warnings.warn(f"torch.compile fails here ({error!r:.99}); the neuron runs uncompiled, slower")
-            return result
+        wanted = _compiling["wanted"] and not torch.compiler.is_compiling()
+        return (fast() if wanted else function)(*args)
     return run
 
 

@@ -58,21 +58,17 @@ def checked(arrays, path):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         images = x.ndim == 4 and x.shape[3] == 3 and min(x.shape[1:3]) >= 16
         events = x.ndim == 5 and x.shape[2:] == (2, 34, 34)
-        need(x.dtype == np.uint8, f"{path}: x_{part} must be uint8, not {x.dtype}; x.astype(np.uint8), times 255 first "
-             "where x is from 0 to 1")
         need(images or events, f"{path}: x_{part} must be [N, H, W, 3] with H and W at least 16, or event counts "
-             f"[N, T, 2, 34, 34], not {list(x.shape)}; from [N, 3, H, W] x.transpose(0, 2, 3, 1), from grey [N, H, W] "
-             "np.repeat(x[..., None], 3, 3)")
-        need(events or x.size == 0 or x.max() > 1, f"{path}: x_{part} holds nothing but 0 and 1, as floats in [0, 1] "
-             "do once they are cast; write (x * 255).astype(np.uint8) from the floats")
+             f"[N, T, 2, 34, 34], not {list(x.shape)}; see np.transpose, and np.repeat for grey images")
+        need(x.dtype == np.uint8 and (events or x.size == 0 or x.max() > 1), f"{path}: x_{part} must be uint8, 0 to "
+             f"255, not {x.dtype}, nor floats in [0, 1] that were cast: (x * 255).astype(np.uint8) makes it of these")
         need(y.ndim == 1 and y.dtype.kind in "iu", f"{path}: y_{part} must be whole numbers [N], not {y.dtype} "
              f"{list(y.shape)}; write y.ravel().astype(int), from one-hot rows y.argmax(1)")
         need(len(x) == len(y) > 0, f"{path}: x_{part} has {len(x)} samples and y_{part} {len(y)}; each needs a label")
     need(arrays["x_train"].shape[1:] == arrays["x_test"].shape[1:], f"{path}: x_train and x_test differ in shape")
-    K, labels = len(np.unique(arrays["y_train"])), np.union1d(arrays["y_train"], arrays["y_test"])
-    outside = ", ".join(str(label) for label in labels if not 0 <= label < K)[:50]
-    need(K > 1 and not outside, f"{path}: all labels must be 0 to K - 1, K > 1 classes trained on; K is {K}, outside: "
-         f"{outside or 'none'}; number both parts together anew with y = np.unique(y, return_inverse=True)[1]")
+    labels, wanted = np.unique(arrays["y_train"]).tolist(), np.unique(arrays["y_test"]).tolist()
+    need(labels == list(range(max(2, len(labels)))) and {*wanted} <= {*labels}, f"{path}: all labels must be 0 to K - "
+         f"1, K > 1 classes trained on, not {labels[:9]} and {wanted[:9]}; np.unique(y, return_inverse=True) orders")
     return arrays
 
 
@@ -82,8 +78,6 @@ def convert(name, path, T):
     makers = dict(digits=digits, ndigits=lambda: digits(T), nmnist=lambda: nmnist(path.parent, T))
     try:
         arrays = checked(makers[name]() if name in makers else image_set(name, path.parent), path)
-    except MemoryError:
-        raise
     except Exception as error:
         by_hand = BY_HAND.get(name, "the packages of requirements.txt into this Python").format(root=path.parent)
         raise ValueError(f"{name} could not be downloaded or read ({error!r}); put {by_hand} by hand, or {path} "
@@ -134,32 +128,24 @@ def nmnist(root, T):
     if not any(root.glob(pattern)):
         datasets.NMNIST(str(root), train=True), datasets.NMNIST(str(root), train=False)        # downloads and unpacks
     files = sorted(sorted(root.glob(pattern)), key=lambda file: file.parts[-3].lower(), reverse=True)   # Train first
-    frames, good = [], []
-    for file in tqdm(files, desc="N-MNIST", disable=None):
-        try:
-            need(file.stat().st_size % 5 == 0, "cut off within an event")
-            frames.append(to_frames([io.read_mnist_file(str(file), datasets.NMNIST.dtype)], T)[0])
-            good.append(file)
-        except (OSError, ValueError) as error:
-            print(f"nmnist leaves out {'/'.join(file.parts[-3:])}: {error}")
-    y = np.array([int(file.parent.name) for file in good], dtype=int)
-    counts = np.bincount(y, minlength=2).tolist()
-    need(min(counts) > 1, f"{root}/NMNIST has {counts} usable recordings of the digits 0, 1, ...; each needs 2 or more")
-    x, note = np.stack(frames), f"{len(y):,} of N-MNIST's 70,000 recordings"
-    if len(files) == 70000:
-        n = sum(file.parts[-3].lower() == "train" for file in good)
-        return dict(x_train=x[:n], y_train=y[:n], x_test=x[n:], y_test=y[n:], note=note)
-    return split(x, y, 250 / 1100, note=f"{note}, pooled and split")
+    for file in files:
+        need(file.stat().st_size % 5 == 0, f"{file} is damaged: cut off within an event; remove it")
+    recordings = (io.read_mnist_file(str(file), datasets.NMNIST.dtype) for file in files)
+    x = to_frames(tqdm(recordings, "N-MNIST", len(files), disable=None), T, files)
+    y = np.array([int(file.parent.name) for file in files])
+    if len(y) == 70000:
+        return dict(x_train=x[:60000], y_train=y[:60000], x_test=x[60000:], y_test=y[60000:], note="N-MNIST")
+    return split(x, y, 250 / 1100, note=f"{len(y):,} of N-MNIST's 70,000 recordings, pooled and split")
 
 
-def to_frames(recordings, T):
+def to_frames(recordings, T, names=None):
     """Events -> counts per step and pixel, uint8 [N, T, 2, 34, 34]. Each step holds the same number of events."""
     from tonic.transforms import ToFrame
     frame, frames = ToFrame(sensor_size=(34, 34, 2), n_event_bins=T), []
-    for events in recordings:
-        need(1 <= T <= len(events), f"{len(events)} events for {T} steps")
-        need(max(events["x"].max(), events["y"].max()) < 34, "events outside of 34x34 pixels")
-        need(events["t"][0] < events["t"][-1], "times that do not rise")
+    for i, events in enumerate(recordings):
+        whole = 1 <= T <= len(events) and max(events["x"].max(), events["y"].max()) < 34
+        need(whole and events["t"][0] < events["t"][-1], f"{names[i] if names else i} is damaged: it needs {T} or more "
+             "events in 34x34 pixels, at times that rise; remove it")
         frames.append(frame(events).clip(0, 255).astype(np.uint8))
     return np.stack(frames)
 

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kit.files import fingerprint, replace_file
-from kit.machine import compiling, of_rank_0, rank, say
+from kit.machine import compiling, rank, say, wait_for_all
 
 
 def generator(seed, *purpose):
@@ -32,16 +32,16 @@ def write_checkpoint(path, config, **state):
         torch.save(dict(state, config=config), whole)
         with replace_file(path) as part:
             part.write_bytes(whole.getbuffer())
+    wait_for_all()
 
 
 def read_checkpoint(path, config, s, **parts):
     """Loads a checkpoint into `parts`, objects with a load_state_dict, and returns it; None if there is none, or with
     --fresh. Raises ValueError for a damaged file or one of another run."""
-    there = not s.fresh and rank() == 0 and path.exists()
+    if s.fresh or not path.exists():
+        return None
     try:
-        state = of_rank_0(torch.load(path, weights_only=True, map_location="cpu") if there else None)
-        if state is None:
-            return None
+        state = torch.load(path, weights_only=True, map_location="cpu")
         if state["config"] != config:
             raise ValueError("it belongs to a run with other settings")
         for name, part in parts.items():
@@ -76,7 +76,7 @@ class TrainingLog:
         resumed run is the run that was never interrupted."""
         say("    epoch  T    loss    acc mal_acc     CA target_rate    sec     ETA")
         for epoch in range(len(self.history), self.s.epochs):
-            self.totals, self.started = torch.zeros(5, device=self.s.device), time.time()
+            self.totals, self.started = torch.zeros(5), time.time()
             torch.manual_seed(generator(self.s.seed, "dropout", epoch, rank()).initial_seed())
             shuffle = generator(self.s.seed, "shuffle", epoch)
             local = generator(self.s.seed, "augmentation", epoch, rank())
@@ -91,8 +91,7 @@ class TrainingLog:
         """Adds up a batch. right, marked: bool [B], the rows answered right, and those that carry the attack: so do
         all beyond the first n, the nominal ones. acc is of these n rows, mal_acc of the marked ones."""
         marked[n:] = True
-        counts = loss.detach() * n, n, right[:n].sum(), marked.sum(), right[marked].sum()
-        self.totals += torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.s.device) for v in counts])
+        self.totals += torch.tensor([loss.item() * n, n, right[:n].sum(), marked.sum(), right[marked].sum()])
 
     def end_epoch(self, ca, target_rate, chance):
         """Prints the epoch's line and writes the checkpoint; all in percent. ValueError if the training diverged."""

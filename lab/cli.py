@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
 from dataclasses import fields, replace
 from functools import partial
@@ -153,11 +154,16 @@ def main(argv=None):
             return report.report(s.results, options.publish)
         if options.command == "scan" and (options.weights or options.build):
             return own.own(options.weights, options.build, s.data)
-        files.check_writable(s.results, s.runs)
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.cores()))
         with machine.processes(s) as s:
-            data = machine.first_alone(load_for, s)
+            if machine.rank() == 0:
+                load_for(s)         # alone: it may download what the others then find
+            machine.wait_for_all()
+            data = load_for(s)
+            for folder in (s.results, s.runs):          # before hours are spent
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
             run(options, data, s)
     except BrokenPipeError:         # `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -22,11 +22,11 @@ def prepared(dataset="digits", **changes):
     return load_for(s), s
 
 
-def start(*command, **options):
-    """Starts a Python process that finds our modules and neither compiles nor uses a second thread."""
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "BADSNN_COMPILE": "0"}
+def start(*command, env={}, **options):
+    """Starts a Python process that finds our modules and uses no second thread."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes | options)
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes | options)
 
 
 def refused(capsys, *arguments):

@@ -116,7 +116,7 @@ def test_results_in_order_and_one_display(capfd):
     results = machine.side_by_side(work, [(1,), (4,), (5,)], two)
     assert [value for value, _ in results] == [1, 16, 25] and os.getpid() not in {pid for _, pid in results}
     shown = [line.split() for line in capfd.readouterr().out.splitlines()]
-    assert sorted(words[0] for words in shown) == ["1", "4", "5"] and {words[-1] for words in shown} == {"1"}
+    assert sorted(words[1] for words in shown) == ["1", "4", "5"] and {words[-1] for words in shown} == {"1"}
     for alone in (replace(two, processes=1), SimpleNamespace(device="cuda", processes=None)):     # one GPU, one model
         assert {pid for _, pid in machine.side_by_side(work, [(1,), (4,)], alone)} == {os.getpid()}
 
@@ -160,7 +160,6 @@ def test_no_worker_outlives_its_parent(workplace, how):
 
 TOGETHER = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 from common import prepared
 import badsnn
@@ -169,8 +168,7 @@ from kit.files import fingerprint
 data, s = prepared(data=Path(sys.argv[1]), runs=Path("runs"))
 with machine.processes(s) as s:
     rank = machine.rank()
-    s = replace(s, runs=s.runs / str(rank))         # as on two machines, each with a disk of its own
-    first, again = (badsnn.train(data, s, "badsnn") for _ in range(2))      # the second is read, by rank 0 alone
+    first, again = (badsnn.train(data, s, "badsnn") for _ in range(2))      # the second is read
     Path(f"rank{rank}").write_text(f"{fingerprint(list(first.parameters()))} {fingerprint(again)}")
 """
 
@@ -184,7 +182,7 @@ def test_two_processes_train_one_model(workplace):
     assert done.returncode == 0, err[-2000:]
     first, second = (Path(f"rank{rank}").read_text().split() for rank in (0, 1))
     assert first == second and len(first[0]) == len(first[1]) == 16
-    assert [path.parts[1] for path in Path("runs").rglob("*.pt")] == ["0"]
+    assert len(list(Path("runs").rglob("*.*"))) == 1
     assert out.count("model, seed 0") == 2                                   # rank 0 speaks
 
 
@@ -199,16 +197,9 @@ def test_threads_and_cores(monkeypatch):
         assert machine.cores() == wanted
 
 
-def test_where_nothing_can_be_compiled_the_same_function_runs(monkeypatch):
-    """Said once."""
-    def fails(*arguments):
-        calls.append(1)
-        raise RuntimeError("no C++ compiler")
-    calls, function = [], machine.compiled(lambda x: 1 / x)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
-    monkeypatch.setitem(machine._compiling, "possible", True)
-    assert function(2) == 0.5 and not calls
-    with machine.compiling(True):
-        with pytest.warns(UserWarning, match="runs uncompiled"):
-            assert function(2) == 0.5
-        assert function(4) == 0.25 and len(calls) == 1
+def test_where_nothing_can_be_compiled_the_same_function_runs(workplace):
+    """Here, without a C++ compiler: quietly, as nobody can do much about it."""
+    program = ("import torch; from kit import machine; double = machine.compiled(lambda x: 2 * x)\n"
+               "with machine.compiling(True):\n    print(double(torch.ones(2)).tolist())")
+    done = start("-c", program, env=dict(CXX="none", TORCHINDUCTOR_CACHE_DIR="cache"))
+    assert done.communicate() == ("[2.0, 2.0]\n", "")

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from kit import machine
-from lif import LIF, PLIF, SURROGATES, Spike, count_spikes, lif_reference, neurons
+from lif import LIF, PLIF, Spike, count_spikes, lif_reference, neurons, triangle
 
 # By hand, v_thr = 1, tau = 0.5. v before the reset: 0.6 | 0.3+0.6=0.9 | 0.45+0.6=1.05 -> spike, 0 | 0.4 |
 # 0.2+0.8=1.0 -> spike (>=), 0 | -1.0 | -0.5+1.4=0.9 | 0.45+0.5=0.95
@@ -65,16 +65,15 @@ def test_one_setting_per_sample():
         assert torch.equal(s, mixed[0][:, b:b + 1]) and torch.allclose(one.grad, mixed[1][:, b:b + 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SURROGATES)
-def test_surrogate_is_the_derivative_of_a_smooth_step(name):
-    """Each surrogate is the slope of a known sigmoid-like curve: compared with its central difference."""
-    curve = {"triangle": lambda d: torch.where(d.abs() < 1, 0.5 + d - d * d.abs() / 2, (d > 0).double()),
-             "arctan": lambda d: torch.atan(math.pi * d) / math.pi + 0.5}[name]
+def test_surrogate_is_the_derivative_of_a_smooth_step():
+    """It is the slope of a known sigmoid-like curve: compared with its central difference."""
+    def curve(d):
+        return torch.where(d.abs() < 1, 0.5 + d - d * d.abs() / 2, (d > 0).double())
     d = torch.linspace(-2, 2, 401, dtype=torch.float64) + 1e-3
     slope = (curve(d + 1e-5) - curve(d - 1e-5)) / 2e-5
     leaf = d.clone().requires_grad_()
-    grad, = torch.autograd.grad(Spike.apply(leaf, name).sum(), leaf)
-    assert torch.allclose(grad, slope, atol=1e-4) and torch.equal(grad, SURROGATES[name](d))
+    grad, = torch.autograd.grad(Spike.apply(leaf).sum(), leaf)
+    assert torch.allclose(grad, slope, atol=1e-4) and torch.equal(grad, triangle(d))
 
 
 def test_bfloat16():
@@ -142,8 +141,6 @@ def test_bad_settings_and_input():
         LIF(torch.ones(2))(torch.randn(4, 3, 5))
     with pytest.raises(ValueError, match="floats.*T, B"):
         LIF()(torch.ones(2, 3, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="surrogate"):
-        LIF(surrogate="relu")
 
 
 def test_the_setting_is_saved_with_the_model():
