@@ -131,29 +131,24 @@ def test_order():
 
 # ----- Figures and pages
 
-def test_everything_committed_draws_and_is_published(tmp_path, monkeypatch, capsys):
-    """One's own results are copied, every figure is drawn; the committed pages are what the results say."""
-    shipped, own = tmp_path / "repository", tmp_path / "runs"
+def test_everything_committed_draws_and_is_published(tmp_path, capsys):
+    """Every figure is drawn; the committed pages are what the results say."""
+    shipped = tmp_path / "repository"
     shutil.copytree(COMMITTED, shipped, ignore=shutil.ignore_patterns("*.png", "*.md"))
-    monkeypatch.setattr(report, "SHIPPED", shipped)
     report.report(shipped, publish=True)
     drawn = [path for path in shipped.glob("*/*") if path.suffix == ".npz" or path.stem in figures.FIGURES]
     assert {path.stem for path in drawn} == {*figures.FIGURES, "triggers"}, "there is a result of every kind"
     assert min(path.with_suffix(".png").stat().st_size for path in drawn) > 10_000
     for name in ("table1.md", "table2.md"):
         assert (shipped / name).read_text() == (COMMITTED / name).read_text(), "run report(COMMITTED, publish=True)"
-    write(own / "apple/attack.json", attack_result())
-    report.report(own, publish=True)
-    assert "**apple** | **own**, 1.08 to 1.12 | 96.0 ± 1.4 |" in (shipped / "table1.md").read_text()
-    assert (shipped / "apple/attack.png").exists() and "apple" in capsys.readouterr().out
+    assert "cifar100_shifts" in capsys.readouterr().out
 
 
-def test_a_curve_goes_through_the_means_and_the_shipped_point():
+def test_a_curve_goes_through_the_means():
     axis = figures.Figure().subplots()
     rows = [dict(q=2, ca=90.0), dict(q=4, ca=50.0), dict(q=2, ca=80.0), dict(q=4, ca=60.0)]
-    figures.curves(axis, "q", rows, ["ca"], point=dict(q=3, ca=70.0))
-    assert axis.lines[-1].get_xydata().tolist() == [[2, 85], [3, 70], [4, 55]]
-    assert axis.lines[0].get_xydata().tolist() == [[3, 70]] and axis.lines[1].get_label() == "right class (CA)"
+    figures.curves(axis, "q", rows, ["ca"])
+    assert axis.lines[0].get_xydata().tolist() == [[2, 85], [4, 55]] and axis.lines[0].get_label() == "right class (CA)"
 
 
 # ----- What commands print
@@ -163,7 +158,6 @@ def test_printing(tmp_path, capsys):
     story, scan = (tables.read_result(COMMITTED / f"digits/{name}.json") for name in ("story", "scan"))
     report.print_attack(attack_result())
     report.print_scan(scan)
-    report.print_scan(tables.read_result(COMMITTED / "gtsrb/scan.json"))
     report.print_story(story, tmp_path)
     out = capsys.readouterr().out
     answers = [[row[key] for row in story["rows"] if row["answer"] == answer] for answer in ("none", "anp_nominal")
@@ -171,20 +165,20 @@ def test_printing(tmp_path, capsys):
     numbers = [f"{np.mean(of):.1f} ± {np.std(of, ddof=1):.1f}" if np.std(of, ddof=1) <= np.mean(of) else
                ", ".join(f"{number:.1f}" for number in of) for of in answers]
     wanted = numbers + ["96.0 ± 1.4", "accuses class 0",
-              f"100 images: AUROC {scan['summary']['100 images']['auroc']:.3f}", "badsnn, seed 0: CA 95.1"]
+              f"100 images: AUROC {scan['summary']['100 images']['auroc']:.3f}"]
     assert [text for text in wanted if text not in out] == [] and (tmp_path / "story.png").exists()
 
 
 # ----- Damaged files: one line that names the file
 
-@pytest.mark.parametrize("content, reason", [('{"rows": [', "Expecting value"), ("[]", "no rows"), ("{}", "no 'rows'"),
-                                             ('{"rows": []}', "no rows"), ('{"rows": [{"ca": 1}]}', "no '")])
 @pytest.mark.parametrize("name", sorted(figures.FIGURES))
-def test_a_damaged_result_is_named(tmp_path, name, content, reason):
-    path = write(tmp_path / f"gtsrb/{name}.json", content)
-    with pytest.raises(ValueError, match=f"gtsrb/{name}.json: not a readable result .{reason}.*; run the command"):
-        report.report(tmp_path)
-    assert [*path.parent.iterdir()] == [path]
+def test_a_damaged_result_is_named(tmp_path, name):
+    for content, reason in (('{"rows": [', "Expecting value"), ("[]", "no rows"), ('{"rows": []}', "no rows"),
+                            ('{"rows": [{"ca": 1}]}', "KeyError")):
+        path = write(tmp_path / f"gtsrb/{name}.json", content)
+        with pytest.raises(ValueError, match=f"gtsrb/{name}.json: not a readable result .*{reason}.* its command"):
+            report.report(tmp_path)
+        assert [*path.parent.iterdir()] == [path]
 
 
 def test_what_else_is_named(tmp_path):
@@ -194,11 +188,11 @@ def test_what_else_is_named(tmp_path):
     with pytest.raises(ValueError, match="digits/triggers.npz: not a readable result"):
         report.report(tmp_path)
     (tmp_path / "digits/triggers.npz").unlink()
-    for key in ("q", "model", "at_chosen", "runs"):
+    for key in ("q", "at_chosen", "runs"):
         r = attack_result()
         del r[key]
         write(tmp_path / "digits/attack.json", r)
-        with pytest.raises(ValueError, match=f"digits/attack.json: not a readable result .no '{key}' in it"):
+        with pytest.raises(ValueError, match=f"digits/attack.json: not a readable result .*'{key}'"):
             report.report(tmp_path)
     with pytest.raises(ValueError, match="no attack.json below"):
         report.report(tmp_path / "nothing")
