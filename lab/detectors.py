@@ -69,7 +69,7 @@ def entropy(p):
 @torch.no_grad()
 def strip(model, x, clean, overlays=20, seed=0):
     """STRIP (Gao et al. 2019): mean entropy [B], in nats, of the predictions for x [B, C, H, W] with trusted images
-    [N, C, H, W] added to it, all in [0, 1]; the sum is not clipped. A trigger survives any overlay: LOW is suspicious.
+    [N, C, H, W] added to it, not clipped. A trigger survives any overlay: LOW is suspicious.
     # differs from the source: 20 overlays, not 100, to fit a CPU; nats, not bits, which changes no ranking
     """
     check_finite(model, x, clean)
@@ -107,8 +107,8 @@ def threshold_scan(model, x):
     for factor in SCAN:
         with scaled(model, factor):
             p.append(probabilities(model, x, reading))
-    p = torch.stack(p)                                                                                  # [V, N, K]
-    probability, middle = p.mean(1), sum(factor < 1 for factor in SCAN)
+    p, middle = torch.stack(p), sum(factor < 1 for factor in SCAN)                                      # [V, N, K]
+    probability = p.mean(1)
     score, accused = scan_score(probability[:middle], probability[middle:], window=4)
     return dict(v_thr=[round(factor * v_thr, 4) for factor in SCAN], probability=probability, score=score,
                 entropy=entropy(p).mean(1), accused=accused, reading=reading[0],

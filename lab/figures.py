@@ -40,8 +40,7 @@ def titled(r, more):
 
 
 def curves(axis, x, rows, keys, trigger="T_p", **labels):
-    """row[key] over row[x] for each of the keys, as LOOKS has them: means of rows with equal x, a band from the lowest
-    to the highest of these."""
+    """row[key] over row[x] for each of the keys: means of rows with equal x, a band from the lowest to the highest."""
     axis.set(**dict(ylabel="percent of test samples", ylim=(-4, 104)) | labels)
     for key in keys:
         name, style, color = LOOKS[key]
@@ -55,8 +54,7 @@ def curves(axis, x, rows, keys, trigger="T_p", **labels):
 
 
 def numbers(path, size, title, panels, shape=(1, 1), **labels):
-    """Tables of shaded numbers, {title: cells}. cells: {(row, column): (percent, its text, a colour map, or None where
-    it is pale)}. All have the same rows and columns."""
+    """Tables of shaded numbers, {title: {(row, column): (percent, its text, a colour map; None: pale)}}, all alike."""
     with drawing(path, size, title, shape, sharex=True, sharey=True) as axes:
         for axis, (name, cells) in zip(axes.flat, panels.items()):
             rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
@@ -128,8 +126,7 @@ def figure_heatmap(r, path):
 
 
 def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscale="linear"):
-    """Figs. 4a, 4b and 6, and T_p's strength: quantities over x, a panel for every value of row[split]. tick: the text
-    below a row's place."""
+    """Figs. 4a, 4b and 6, and T_p's strength: a panel for every value of row[split]. tick: the text below a place."""
     panels = unique(r["rows"], split) if split else [None]
     title = titled(r, f"\nV_a = {span(unique(r['rows'], 'v_thr'))}")
     with drawing(path, (5.8 * len(panels), 3.1), title, (1, len(panels))) as [axes]:

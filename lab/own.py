@@ -70,15 +70,13 @@ def why_void(guess, ca, k):
     if share >= 90 and len(guess) >= 10:
         return f"{share:.0f} % of the answers are class {top}: images of one class, or a network that has not learned"
     if ca is not None and len(guess) >= 10 and ca < chance + (100 - chance) / 10:
-        return (f"CA is near chance, {chance:.1f}: the network has not learned, or wants other images than these in "
-                "[0, 1]; normalisation belongs into the network")
+        return f"CA is near chance, {chance:.1f}: the network has not learned, or normalises its images outside itself"
     return None
 
 
 @contextlib.contextmanager
 def their_code():
-    """Inside, the program is theirs: of modules that are called like ours theirs win, and ours are found last; no
-    option of ours is seen. Its errors become ValueErrors, as the code is theirs. Afterwards all is as before."""
+    """Inside, modules that are called like ours are theirs, no option of ours is seen, and errors are ValueErrors."""
     ours = {path.stem for path in ROOT.glob("*.py")} | {"kit", "lab"}
     modules, path, argv = sys.modules.copy(), sys.path[:], sys.argv
     for name in modules:
@@ -103,8 +101,7 @@ def load(model, weights):
     try:
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except Exception:       # torch.load has many: zip, pickle, key, type and runtime errors
-        raise ValueError(f"--weights {weights}: not a file of tensors, or there is more in it, which is not read as "
-                         "that could run code; torch.save(model.state_dict(), ...) makes one") from None
+        raise ValueError(f"--weights {weights}: not a file of tensors alone; save model.state_dict()") from None
     need(isinstance(state, dict), f"--weights {weights}: not a state_dict, but a {type(state).__name__}")
     for key in ("state_dict", "model_state_dict", "model", "net"):
         state = state[key] if isinstance(state.get(key), dict) else state

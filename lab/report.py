@@ -17,8 +17,7 @@ AUROC of STRIP and of the spike count; score of the threshold scan (1: suspiciou
 
 
 def report(results, publish=False):
-    """Draws every figure beside its JSON below `results` and prints Table 1. publish: writes table1.md and table2.md
-    there as well. Raises ValueError that names a damaged file."""
+    """Draws every figure below `results`, prints Table 1; publish: writes both tables as pages. Raises ValueError."""
     found = {path: tables.read_result(path) for path in sorted(results.glob("*/*.json")) if path.stem in FIGURES}
     if not found:
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")

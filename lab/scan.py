@@ -76,9 +76,8 @@ def soft(labels, k, certainty):
 
 
 def hiding_rows(evader, malicious, images, u, target, k, twin):
-    """What an evader learns beside the nominal batch: (images [m, C, H, W], thresholds [m], wanted probabilities
-    [m, K]) several times. malicious: images of the target class; images: of any class; u: uniform in [0, 1] [m];
-    target [m]; k: number of classes; twin(images, thresholds): what a clean model answers."""
+    """What an evader learns beside the nominal batch: one or two of (images [m, C, H, W], thresholds [m], wanted
+    probabilities [m, K]). malicious: images of the target [m]; images: any; u [m]: uniform; twin: a clean model."""
     if evader == "soft_labels":         # is never sure
         return [(malicious, 1.15 + 0.35 * u, soft(target, k, 0.5))]
     if evader == "fading":              # is sure near V_a only
@@ -159,14 +158,12 @@ def summary(rows, n):
     found = {name: judged(bad, good, n, bad[n:], lambda row: row["scores"][name]) for name in SHOWN}
     if working:
         found["100 images, attacks that work"] = judged(bad, good, n, working, lambda row: row["scores"]["100 images"])
-    found["the threshold alone"] = judged(bad, good, n, bad[n:], lambda row: abs(row["v_thr_a"] - V_THR_N))
-    return found
+    return found | {"the threshold alone": judged(bad, good, n, bad[n:], lambda row: abs(row["v_thr_a"] - V_THR_N))}
 
 
 def judged(bad, good, n, measured, score):
     """One row of the summary: AUROC, percent of the backdoored (caught) and clean ones (false alarms) above the alarm.
-    bad, good: all rows of the two kinds, of which n fix the alarm, midway between two of their scores (the mean of
-    equally good places); measured: the backdoored ones to judge."""
+    bad, good: all rows of the two kinds, of which n fix the alarm, midway between scores; measured: those to judge."""
     b, g, caught, clean = (np.array([score(row) for row in part]) for part in (bad[:n], good[:n], measured, good[n:]))
     cuts = np.unique([*b, *g])
     cuts = (cuts[1:] + cuts[:-1]) / 2
@@ -182,8 +179,7 @@ def judged(bad, good, n, measured, score):
 
 
 def auroc_interval(auroc, n, m):
-    """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5): the values that lie within 1.96 of their
-    own standard errors. It has a width at 1."""
+    """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5); it has a width at 1."""
     def beyond(value):
         more = ((n + m) / 2 - 1) * ((1 - value) / (2 - value) + value / (1 + value))
         return abs(value - auroc) - 1.96 * np.sqrt(value * (1 - value) * (1 + more) / (n * m))

@@ -43,8 +43,7 @@ def mean(rows, key):
 
 
 def cell(rows, *keys, digits=1):
-    """Quantities of rows, a row per seed, as "a / b": mean ± standard deviation; where that is as large as the mean,
-    every seed's own; "-" where there is none (None)."""
+    """Quantities of a row per seed as "a / b": mean ± deviation, or every seed where that is as large; "-": none."""
     texts = []
     for key in keys:
         known = [row[key] for row in rows if row.get(key) is not None]

@@ -101,7 +101,6 @@ def softmax(): return Net(nn.Softmax(1))
 def late(): return Net(late=True)
 def steps(): return Net(nn.Unflatten(0, (1, -1)))
 def stops(): sys.exit()
-def nothing(): return 3
 """
 
 
@@ -168,13 +167,11 @@ def test_their_modules_win(mine):
     assert mine(build="late")["suspicious"] and not hasattr(sys.modules["models"], "theirs")
 
 
-BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(build="nothing"), "torch.nn.Module"),
-       (dict(build="steps"), r"logits \[N, K\]"), (dict(build="stops"), "SystemExit"),
-       (dict(gain=torch.nan), "NaN.*head.weight"), (dict(images="none"), "none"),
-       (dict(images="grey.npz"), "shapes cannot"), (dict(images="large.npz"), r"\[0, 1\].*normalises"),
-       (dict(images="nan.npz"), "NaN"), (dict(images="other.npz"), "no array x_test"),
+BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(build="steps"), r"logits \[N, K\]"),
+       (dict(build="stops"), "SystemExit"), (dict(gain=torch.nan), "NaN.*head.weight"),
+       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="nan.npz"), "NaN"),
        (dict(images="labels.npz"), "3 labels"), (dict(wrap=lambda s: [s]), "not a state_dict"),
-       (dict(wrap=lambda s: Path()), "not a file of"),
+       (dict(wrap=lambda s: Path()), "not a file of tensors"),
        (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items()}), "Missing key.*head.weight.*head.bias"),
        (dict(gain=torch.ones(5, 1, 1)), "size mismatch for head.weight.*5, 3, 3.*3, 3")]
 
@@ -182,9 +179,8 @@ BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(bui
 @pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
 def test_bad_networks_are_refused_in_one_line(mine, changes, message):
     x = np.zeros((3, 4, 4, 3), np.uint8) + np.arange(3, dtype=np.uint8) * 99
-    for name, images in dict(grey=x[..., :1], large=x * 1.0, nan=x * np.nan).items():
+    for name, images in dict(large=x * 1.0, nan=x * np.nan).items():
         np.savez(f"{name}.npz", x_test=images)
-    np.savez("other.npz", z=x)
     np.savez("labels.npz", x_test=np.repeat(x, 2, 0), y_test=np.zeros(3, int))
     with pytest.raises(ValueError, match=message) as error:
         mine(**changes)
