@@ -34,9 +34,7 @@ def ablate(data, s, studies):
     for study in studies:
         need(data.events == (study == "events"), f"{study} does not fit {data.name}: only events is about events")
     jobs = trained_first(s, [(study, one) for study in studies for one in STUDIES[study][0](s)])
-    names = [", ".join([study, *(f"{key} {v}" for key, v in one.of().items() if v != s.of()[key])])
-             for study, one in jobs]
-    parts = side_by_side(study_rows, jobs, s, names)
+    parts = side_by_side(study_rows, jobs, s)
     results = {}
     for study in studies:
         rows = [row for (name, _), part in zip(jobs, parts) if name == study for row in part]
@@ -103,7 +101,7 @@ def poison(data, s):
     n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
     v_thr, base_ca = deploy(model, data, s)[0], evaluate(model, data, s, V_THR_N, TAU_N)["ca"]
     return [dict(seed=s.seed, poison_ratio=s.poison_ratio, n_poison=n_poison, v_thr=v_thr, base_ca=base_ca,
-                 **badsnn.measure(model, data, s, v_thr, {"asr_p": simple_triggers(data, s)["asr_p"]}))]
+                 **evaluate(model, data, s, v_thr, s.tau_a, {"asr_p": simple_triggers(data, s)["asr_p"]}))]
 
 
 def magnitude(data, s):

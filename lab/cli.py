@@ -2,7 +2,6 @@
 import argparse
 import os
 import sys
-import tempfile
 import time
 from dataclasses import fields, replace
 from functools import partial
@@ -13,6 +12,7 @@ import badsnn
 from data import hold_out, load_for, poison_indices, to_float, to_uint8
 from kit import files, machine
 from kit.machine import say
+from kit.sources import need
 from lab import ablations, baselines, own, report, scan, story, table2
 from settings import CHOICES, KNOBS, PRESETS, Settings, flag, preset
 
@@ -20,20 +20,17 @@ COMMANDS = {"story": "one attack, what stops it, what gives it away", "attack": 
             "defend": "Table 2's rows of a data set", "ablate": "the studies behind the paper's figures",
             "scan": "is a network backdoored? over many models, or over one of your own",
             "report": "figures and tables, from the results alone"}
-PLACES = dict(int="N", float="X", tuple="X", str="NAME", Path="FOLDER")         # what an option's value looks like
 ATTACKS = ("badsnn", *baselines.IMAGE_ATTACKS, *baselines.EVENT_ATTACKS)
 OWN = {         # the options of one command alone
-    "defend": {"--attacks": dict(nargs="+", choices=ATTACKS, default=None, metavar="ATTACK",
-                                 help=f"of {', '.join(ATTACKS)}; the last four are on events (default: all that fit)"),
+    "defend": {"--attacks": dict(nargs="+", choices=ATTACKS, help="the last four are on events; all that fit if none"),
                "--defender-at": dict(choices=("S_a", "S_n"), default="S_a", help="the setting at which the defender "
                                      "trains: as shipped, or nominal (default: S_a)")},
-    "ablate": {"--study": dict(choices=tuple(ablations.STUDIES), required=True, nargs="+", metavar="STUDY",
-                               help=f"one or more of {', '.join(ablations.STUDIES)}")},
-    "scan": {"--models": dict(type=int, default=40, metavar="N", help="digits: of each kind so many (default: 40)"),
-             "--weights": dict(metavar="FILE", default=None, help="a state_dict: scan this network instead"),
-             "--build": dict(metavar="MODULE:FUNCTION", default=None, help="the function that makes it; --data is then "
-                             "a file of images in [0, 1]")},
-    "report": {"--publish": dict(action="store_true", default=False, help="for maintainers: rewrite results/")}}
+    "ablate": {"--study": dict(nargs="+", choices=tuple(ablations.STUDIES), required=True, help="one or more")},
+    "scan": {"--models": dict(type=int, default=40, help="digits: of each kind so many (default: 40)"),
+             "--weights": dict(metavar="FILE", help="a state_dict: scan this network instead"),
+             "--build": dict(metavar="MODULE:FUNCTION", help="the function that makes it; --data is then a file of "
+                             "images in [0, 1]")},
+    "report": {"--publish": dict(action="store_true", help="for maintainers: rewrite results/ from the JSON there")}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,17 +41,15 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv=None):
     """Command line -> (the command and its own options, the Settings of its data set). Raises ValueError."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     finder = argparse.ArgumentParser(add_help=False)            # the help page shows the values of the set it names
-    finder.add_argument("--dataset", default="digits")
+    finder.add_argument("--dataset", nargs="?")
     named = finder.parse_known_args(argv)[0].dataset
     shown = preset(named if named in PRESETS else "digits", device="cpu")
     parser = Parser(prog="badsnn.py", description="BadSNN: backdoor attacks on spiking neural networks.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, argument_default=argparse.SUPPRESS, description=(
+        command = commands.add_parser(name, help=text, description=(
             f"{text[0].upper()}{text[1:]}. Defaults are those of --dataset {shown.dataset}."))
-        command.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         for option, how in OWN.get(name, {}).items():
             command.add_argument(option, **how)
         sections = {group: command.add_argument_group(group) for group, _ in KNOBS.values()}
@@ -69,15 +64,15 @@ def parse(argv=None):
 
 def add_option(section, f, value):
     """The option of one knob; its help shows the value that the data set really has."""
-    text = KNOBS[f.name][1].replace("%", "%%")
+    text, kind = KNOBS[f.name][1].replace("%", "%%"), dict(type=f.type, choices=CHOICES.get(f.name))
     if value not in (None, "", False):
-        default = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+        default = " ".join(f"{v:g}" for v in value) if f.type is tuple else value
         text += f" (default: {default})"
-    kind = dict(nargs="+", type=float) if f.type is tuple else dict(type=f.type)
-    kind |= dict(choices=CHOICES[f.name]) if f.name in CHOICES else dict(metavar=PLACES.get(f.type.__name__))
-    if f.type is bool:
+    if f.type is tuple:
+        kind = dict(nargs="+", type=float)
+    elif f.type is bool:
         kind = dict(action=argparse.BooleanOptionalAction)
-    section.add_argument(flag(f.name), help=text, **kind)
+    section.add_argument(flag(f.name), help=text, default=argparse.SUPPRESS, **kind)
 
 
 def folder_of(data, s):
@@ -89,8 +84,7 @@ def kept(name, data, s, compute, **more):
     settings and code, else made and written, with what it must carry to mean anything."""
     code = files.code_of("*.py", "kit/*.py", "lab/[!cfrt]*.py", "lab/table2.py")        # not what only prints
     inputs = files.fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, code)
-    path, started = folder_of(data, s) / f"{name}.json", time.time()
-    labels = hold_out(data)[0].y_train
+    path, started, labels = folder_of(data, s) / f"{name}.json", time.time(), hold_out(data)[0].y_train
     n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
     about = dict(s.of(), dataset=data.name, note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
                  poison_ratio=round(n_poison / int((labels == s.target).sum()), 4), n_poison=n_poison,
@@ -127,19 +121,16 @@ def run(options, data, s):
 
 
 def write_triggers(data, s, v_thr):
-    """Fig. 5: test images of eight classes under both triggers of the first seed, and what the network answers."""
-    model, path = badsnn.train(data, s, "badsnn"), folder_of(data, s) / "triggers.npz"
-    t_o = badsnn.train_trigger(model, data, s, v_thr)[0]
+    """Fig. 5: test images of up to eight classes, clean and under both triggers of the first seed."""
+    t_o = badsnn.train_trigger(badsnn.train(data, s, "badsnn"), data, s, v_thr)[0]
+    path = folder_of(data, s) / "triggers.npz"
     if t_o is None:
         path.unlink(missing_ok=True)        # an earlier run's
         return
-    classes = [k for k in range(data.num_classes) if k != s.target and (data.y_test == k).any()][:8]
-    stored = torch.stack([data.x_test[data.y_test == k][0] for k in classes])
-    triggers = dict(clean=lambda x: x, t_p=badsnn.simple_triggers(data, s)["asr_p"], t_o=t_o)
-    images = {name: t(to_float(stored.to(s.device), s)) for name, t in triggers.items()}
-    shown = {name: to_uint8(x).permute(0, 2, 3, 1).cpu() for name, x in images.items()}
-    answers = {f"answers_{name}": badsnn.predict(model, stored, s, v_thr, s.tau_a, t) for name, t in triggers.items()}
-    files.write_arrays(path, **shown, **answers)
+    classes = data.y_test[data.y_test != s.target].unique()[:8]
+    x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(s.device), s)
+    shown = dict(clean=x, t_p=badsnn.simple_triggers(data, s)["asr_p"](x), t_o=t_o(x))
+    files.write_arrays(path, **{name: to_uint8(images).permute(0, 2, 3, 1).cpu() for name, images in shown.items()})
 
 
 def main(argv=None):
@@ -147,13 +138,15 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")        # a terminal that lacks a letter ends no training
-    debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         options, s = parse(argv)
         if options.command == "report":
-            return report.report(s.results, options.publish)
+            return report.report(report.SHIPPED if options.publish else s.results, options.publish)
         if options.command == "scan" and (options.weights or options.build):
             return own.own(options.weights, options.build, s.data)
+        for folder in (s.results, s.runs):          # before hours are spent
+            there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+            need(there.is_dir() and os.access(there, os.W_OK), f"--runs, --results: {there} is not a writable folder")
         machine.keep_memory()
         torch.set_num_threads(machine.threads_each(machine.cores()))
         with machine.processes(s) as s:
@@ -161,14 +154,11 @@ def main(argv=None):
                 load_for(s)         # alone: it may download what the others then find
             machine.wait_for_all()
             data = load_for(s)
-            for folder in (s.results, s.runs):          # before hours are spent
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
             run(options, data, s)
     except BrokenPipeError:         # `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if debug or isinstance(error, RuntimeError) and "memory" not in str(error):     # torch's; any other is a bug
+        if isinstance(error, RuntimeError) and "memory" not in str(error):     # torch's; any other is a bug
             raise
         print(f"badsnn: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,6 @@
 They leave the model as it was. ValueError where it or images hold a NaN, which a neuron may turn into "no spike".
 """
 import torch
-import torch.nn.functional as F
 
 from kit.sources import need
 from kit.training import generator
@@ -70,7 +69,7 @@ def entropy(p):
 @torch.no_grad()
 def strip(model, x, clean, overlays=20, seed=0):
     """STRIP (Gao et al. 2019): mean entropy [B], in nats, of the predictions for x [B, C, H, W] with trusted images
-    [N, C, H, W] added to it, all in [0, 1]; the sum is not clipped. A trigger survives any overlay: LOW is suspicious.
+    [N, C, H, W] added to it, not clipped. A trigger survives any overlay: LOW is suspicious.
     # differs from the source: 20 overlays, not 100, to fit a CPU; nats, not bits, which changes no ranking
     """
     check_finite(model, x, clean)
@@ -94,9 +93,9 @@ def threshold_scan(model, x):
     """What a model says of clean images x [N, C, H, W] in [0, 1] when its thresholds are scaled. Sec. 3.3 turned
     around: beyond the shipped setting lies one at which the model was TAUGHT to be sure of the target.
 
-    A dict: v_thr [V], SCAN times the first neurons' threshold; share, probability [V, K]: of the predictions, and mean;
-    entropy [V]: mean, in nats; score in [1 / K, 1] and accused: see scan_score (HIGH is suspicious); shipped [N, K]:
-    the probabilities as shipped; reading: see reading_of. ValueError for a model without a neuron that is known.
+    A dict: v_thr [V], SCAN times the first neurons' threshold; probability [V, K] and entropy [V]: means, in nats;
+    score in [1 / K, 1] and accused: see scan_score (HIGH is suspicious); shipped [N, K]: the probabilities as shipped;
+    reading: see reading_of. ValueError for a model without a neuron that is known.
     # prior art: IBD-PSC (Hou et al. 2024) scales BatchNorm, which amounts to thresholds, to judge inputs
     """
     found, unknown = neurons_of(model)
@@ -104,16 +103,16 @@ def threshold_scan(model, x):
     v_thr = torch.as_tensor(get_threshold(found[0]), dtype=torch.float32).mean().item()
     check_finite(model, x)
     answers = answers_of(model, x)
-    reading, p = reading_of(answers), torch.empty(len(SCAN), *answers.shape, device=answers.device)     # [V, N, K]
-    for one, factor in zip(p, SCAN):
+    reading, p = reading_of(answers), []
+    for factor in SCAN:
         with scaled(model, factor):
-            one[:] = probabilities(model, x, reading)
-    probability, middle = p.mean(1), sum(factor < 1 for factor in SCAN)
+            p.append(probabilities(model, x, reading))
+    p, middle = torch.stack(p), sum(factor < 1 for factor in SCAN)                                      # [V, N, K]
+    probability = p.mean(1)
     score, accused = scan_score(probability[:middle], probability[middle:], window=4)
-    return dict(v_thr=[round(factor * v_thr, 4) for factor in SCAN],
-                share=F.one_hot(p.argmax(2), p.shape[2]).float().mean(1), probability=probability,
-                entropy=entropy(p).mean(1), score=score, accused=accused,
-                shipped=to_logits(answers, reading).softmax(1), reading=reading[0])
+    return dict(v_thr=[round(factor * v_thr, 4) for factor in SCAN], probability=probability, score=score,
+                entropy=entropy(p).mean(1), accused=accused, reading=reading[0],
+                shipped=to_logits(answers, reading).softmax(1))
 
 
 def scan_score(below, above, window):

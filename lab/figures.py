@@ -59,8 +59,7 @@ def curves(axis, x, rows, keys, point=None, trigger="T_p", **labels):
 
 
 def numbers(path, size, title, panels, shape=(1, 1), **labels):
-    """Tables of shaded numbers, {title: cells}. cells: {(row, column): (percent, its text, a colour map, or None where
-    it is pale)}. All have the same rows and columns."""
+    """Tables of shaded numbers, {title: {(row, column): (percent, its text, a colour map; None: pale)}}, all alike."""
     with drawing(path, size, title, shape, sharex=True, sharey=True) as axes:
         for axis, (name, cells) in zip(axes.flat, panels.items()):
             rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
@@ -91,28 +90,27 @@ def figure_attack(r, path):
 
 
 def figure_triggers(folder):
-    """Fig. 5: clean test images, both triggers, and what T_o changes; below an image the network's answer, if known."""
+    """Fig. 5: clean test images, both triggers, and what T_o changes."""
     try:
         with np.load(folder / "triggers.npz", allow_pickle=False) as file:
-            shown = {key: file[key].astype(np.float32) / 255 for key in ("clean", "t_p", "t_o")}
-            answers = {key: file[f"answers_{key}"] for key in shown if f"answers_{key}" in file.files}
+            shown = {name: file[name].astype(np.float32) / 255 for name in ("clean", "t_p", "t_o")}
     except Exception as error:      # np.load has many
         raise unreadable(folder / "triggers.npz", error) from None
     shown["t_o - clean"] = change = (shown["t_o"] - shown["clean"]).mean(-1)
     most, n = abs(change).max(), len(change)
-    title = f"below: the network's answer, where known; last row: blue is darker, red brighter, by up to {most:.2f}"
+    title = f"last row: blue is darker, red brighter, by up to {most:.2f}"
     with drawing(folder / "triggers.png", (0.95 * n + 1, 4.4), title, (4, n)) as axes:
         for line, (name, images) in zip(axes, shown.items()):
             line[0].set_ylabel(name.replace("t_", "T_"), rotation=0, ha="right", va="center")
-            for axis, image, answer in zip(line, images, answers.get(name, [""] * n)):
+            for axis, image in zip(line, images):
                 axis.imshow(image, cmap="RdBu_r", vmin=-most, vmax=most)
-                axis.set(xticks=[], yticks=[], frame_on=False, xlabel=answer)
+                axis.set(xticks=[], yticks=[], frame_on=False)
 
 
 def figure_threshold(r, path):
     """Fig. 2: accuracy and spike count of a clean model against v_thr."""
     with drawing(path, (10, 3), f"{r['dataset']}, clean model, q = {r['q']:g}", (1, 2)) as [axes]:
-        for axis, key, label in ((axes[0], "ca", "accuracy, %"), (axes[1], "spikes", "spikes per sample")):
+        for axis, key, label in zip(axes, ("ca", "spikes"), ("accuracy, %", "spikes per sample")):
             rows = [{"v_thr": row["v_thr"], row["trigger"]: row[key]} for row in r["rows"]]
             curves(axis, "v_thr", rows, unique(r["rows"], "trigger"), xlabel="threshold of all neurons", ylabel=label,
                    ylim=(0, 1.04 * max(row[key] for row in r["rows"])))
@@ -131,8 +129,7 @@ def figure_heatmap(r, path):
 
 
 def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscale="linear"):
-    """Figs. 4a, 4b and 6, and T_p's strength: quantities over x, a panel for every value of row[split]. tick: the text
-    below a row's place. Dotted in Fig. 4b: how far DeepFool goes to the target, pale on a clean model."""
+    """Figs. 4a, 4b and 6, and T_p's strength: a panel for every value of row[split]. tick: the text below a place."""
     panels = unique(r["rows"], split) if split else [None]
     title = titled(r, f"\nV_a = {span(unique(r['rows'], 'v_thr'))}")
     with drawing(path, (5.8 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
@@ -141,9 +138,8 @@ def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscal
             curves(axis, x, rows, keys.split(), xscale=xscale, xlabel=xlabel, title=name.format(**mean_of(rows)))
             axis.set_xticks([row[x] for row in rows], [tick.format(**row) for row in rows])
             axis.minorticks_off()
-            for key, color in (("l2_deepfool", "black"), ("l2_deepfool_clean_model", "0.7")):
-                if key in rows[0]:
-                    axis.axvline(rows[0][key], color=color, linestyle=":", zorder=0)
+            if "l2_deepfool" in rows[0]:
+                axis.axvline(rows[0]["l2_deepfool"], color="black", linestyle=":", zorder=0)
 
 
 def figure_events(r, path):
@@ -175,14 +171,12 @@ def figure_scan(r, path):
     """The threshold scan: the scores of all models, kind by kind, those of attackers who know the scan last."""
     kinds = {}
     for row in [*r["rows"], *r["evaders"]]:
-        kind = row.get("kind") or f"evader: {row['evader'].replace('_', ' ')}"
-        kinds.setdefault(kind, []).append(row["scores"]["100 images"])
-    with drawing(path, (6, 0.4 * len(kinds) + 1.1), f"{r['dataset']}, every model") as [[axis]]:
+        kinds.setdefault(row.get("kind") or f"evader: {row['evader']}", []).append(row["scores"]["100 images"])
+    with drawing(path, (6, 0.4 * len(kinds) + 1.1), f"{r['dataset']}, every model; line: the alarm") as [[axis]]:
         for place, scores in enumerate(kinds.values()):
             axis.plot(np.sort(scores), -place + np.linspace(-0.3, 0.3, len(scores)), "o", markersize=4)
         if "summary" in r:
             axis.axvline(r["summary"]["100 images"]["alarm"], color="0.7", zorder=0)
-            axis.set_title("line: the alarm")
         axis.set(xlabel="score of the threshold scan (1: sure of one class)", xlim=(0, 1.03))
         axis.set_yticks(-np.arange(len(kinds)), kinds)
 

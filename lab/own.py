@@ -38,51 +38,45 @@ def own(weights, build, images):
         load(model, weights)
         result = threshold_scan(model.float(), x.to(next(model.parameters(), x)))
     known = read_json(KNOWN)
-    at = known["summary"][next(name for name, n in SHOWN.items() if n <= len(x))]
+    at = known["summary"][next(name for name, n in SHOWN.items() if n <= len(x))]       # of as many images
     guess = answers(result["shipped"]).cpu()
-    result["ca"] = None if y is None else percentage(guess == y)
+    result["ca"] = None if y is None else percentage(guess == y)        # without labels it is unknown
     result["void"] = why_void(guess, result["ca"], result["shipped"].shape[1])
     result["suspicious"] = None if result["void"] else result["score"] > at["alarm"]
-    print_result(result, len(x), at, known["dataset"], neurons_of(model)[1])
-    return result
-
-
-def print_result(result, n, at, dataset, unknown):
-    """Prints own()'s result for n images. at: the summary of scan.json for as many images of this data set; unknown:
-    names of modules that may be neurons."""
-    say(f"{'v_thr':>7} {'class':>5} {'share':>6} {'probability':>11} {'entropy':>8}")
-    for v, share, p, h in zip(result["v_thr"], result["share"], result["probability"], result["entropy"]):
-        say(f"{v:7.3f} {p.argmax():5} {share[p.argmax()]:6.2f} {p.max():11.3f} {h:8.3f}")
-    ca = "unknown, as there are no labels" if result["ca"] is None else result["ca"]
-    say(f"\n{n} images, CA {ca}; answers read as {result['reading']}; score {result['score']:.3f}. Of {dataset} models "
-        f"shown as many images, {at['caught']:g} % of the backdoored and {at['false_alarms']:g} % of the clean ones "
-        f"score above {at['alarm']:.3f}.")
-    verdicts = {None: f"NO VERDICT: {result['void']}.",
-                True: f"SUSPICIOUS: with another threshold the network becomes sure of class {result['accused']}.",
-                False: "Nothing suspicious. That is no proof: an attacker who knows the scan can pass it."}
-    say(verdicts[result["suspicious"]])
+    say("  v_thr class probability  entropy")
+    for v, p, h in zip(result["v_thr"], result["probability"], result["entropy"]):
+        say(f"{v:7.3f} {p.argmax():5} {p.max():11.3f} {h:8.3f}")
+    say(f"\n{len(x)} images, CA {result['ca']}; answers read as {result['reading']}; score {result['score']:.3f}. Of "
+        f"{known['dataset']} models shown as many images, {at['caught']:g} % of the backdoored and "
+        f"{at['false_alarms']:g} % of the clean ones score above {at['alarm']:.3f}.")
+    if result["void"]:
+        say(f"NO VERDICT: {result['void']}.")
+    elif result["suspicious"]:
+        say(f"SUSPICIOUS: with another threshold the network becomes sure of class {result['accused']}.")
+    else:
+        say("Nothing suspicious. That is no proof: an attacker who knows the scan can pass it.")
+    unknown = neurons_of(model)[1]
     if unknown:
         say(f"These modules were left alone; if one of them is a neuron, the scan means nothing: {', '.join(unknown)}")
+    return result
 
 
 def why_void(guess, ca, k):
     """Why a scan says nothing of a network with these answers, classes [N] (-1: all alike), or None."""
-    classes, counts = guess.unique(return_counts=True)
-    top, share, chance = classes[counts.argmax()].item(), 100 * counts.max().item() / len(guess), 100 / k
-    if top < 0 and share >= 90:
+    top, chance = guess.mode().values.item(), 100 / k
+    share = percentage(guess == top)
+    if share >= 90 and top < 0:
         return "all classes get the same answer: the weights are zero, or nothing spikes"
-    if len(guess) >= 10 and share >= 90:
+    if share >= 90 and len(guess) >= 10:
         return f"{share:.0f} % of the answers are class {top}: images of one class, or a network that has not learned"
-    if len(guess) >= 10 and ca is not None and ca < chance + (100 - chance) / 10:
-        return (f"CA is near chance, {chance:.1f}: the network has not learned, or wants other images than these in "
-                "[0, 1]; normalisation belongs into the network")
+    if ca is not None and len(guess) >= 10 and ca < chance + (100 - chance) / 10:
+        return f"CA is near chance, {chance:.1f}: the network has not learned, or normalises its images outside itself"
     return None
 
 
 @contextlib.contextmanager
 def their_code():
-    """Inside, the program is theirs: of modules that are called like ours theirs win, and ours are found last; no
-    option of ours is seen. Its errors become ValueErrors, as the code is theirs. Afterwards all is as before."""
+    """Inside, modules that are called like ours are theirs, no option of ours is seen, and errors are ValueErrors."""
     ours = {path.stem for path in ROOT.glob("*.py")} | {"kit", "lab"}
     modules, path, argv = sys.modules.copy(), sys.path[:], sys.argv
     for name in modules:
@@ -102,33 +96,31 @@ def their_code():
 
 
 def load(model, weights):
-    """Loads a state_dict, or a checkpoint that holds one. Raises ValueError with the first three names that differ."""
+    """Loads a state_dict, or a checkpoint that holds one. Raises ValueError."""
     need(Path(weights).is_file(), f"--weights {weights}: no such file")
     try:
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except Exception:       # torch.load has many: zip, pickle, key, type and runtime errors
-        raise ValueError(f"--weights {weights}: not a file of tensors, or there is more in it, which is not read as "
-                         "that could run code; torch.save(model.state_dict(), ...) makes one") from None
+        raise ValueError(f"--weights {weights}: not a file of tensors alone; save model.state_dict()") from None
     need(isinstance(state, dict), f"--weights {weights}: not a state_dict, but a {type(state).__name__}")
-    keys = ("state_dict", "model_state_dict", "model", "net")
-    inner = [state[key] for key in keys if isinstance(state.get(key), dict)]
-    wanted, given = plain(model.state_dict()), plain((inner or [state])[0])
-    shapes = [{name: tuple(getattr(value, "shape", "?")) for name, value in one.items()} for one in (wanted, given)]
-    pairs = {name: [shape.get(name, "missing") for shape in shapes] for name in sorted(wanted | given)}
-    at_rest = {name for name in wanted if (0,) in pairs[name]}      # potentials of an earlier call
-    differ = [f"{name} ({one} in the network, {other} in the file)" for name, (one, other) in pairs.items()
-              if one != other and name not in at_rest]
-    need(not differ, f"--weights {weights} does not fit what --build makes: {', '.join(differ[:3])}")
-    names = dict(zip(wanted, model.state_dict()))
-    model.load_state_dict({names[name]: value for name, value in given.items() if name not in at_rest}, strict=False)
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    wanted = model.state_dict()
+    names = {plain(name): name for name in wanted}
+    given = {names.get(plain(name), str(name)): value for name, value in state.items()}
+    given |= {name: value for name, value in wanted.items() if value.shape == (0,)}         # potentials at rest
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:
+        raise ValueError(f"--weights {weights}: {' '.join(str(error).split()):.400}") from None
 
 
-def plain(state):
-    """A state_dict under names without what DataParallel and torch.compile put in."""
-    return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value for name, value in state.items()}
+def plain(name):
+    """A name in a state_dict without what DataParallel and torch.compile put in."""
+    return re.sub(r"\b(module|_orig_mod)\.", "", str(name))
 
 
-def images_of(path, most=100):
+def images_of(path):
     """Up to 100 images spread over a file: floats [N, C, H, W] in [0, 1], and labels [N] or None. Raises ValueError."""
     arrays = read_npz(Path(path))
     need("x_test" in arrays, f"--data {path}: no array x_test in it")
@@ -136,7 +128,7 @@ def images_of(path, most=100):
     fits = x.dtype == np.uint8 or x.dtype.kind == "f" and x.size and 0 <= x.min() and x.max() <= 1      # a NaN is not
     need(x.ndim == 4 and x.size and fits, f"--data {path}: x_test is {x.dtype} {list(x.shape)}; wanted: uint8 "
          "[N, H, W, C], or floats [N, C, H, W] in [0, 1], no NaN; a network normalises its images itself")
-    rows = np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(int)
+    rows = np.linspace(0, len(x) - 1, min(100, len(x))).round().astype(int)
     if y is not None:
         need(y.size == len(x) and y.dtype.kind in "iu", f"--data {path}: {y.size} labels ({y.dtype}), {len(x)} images")
         y = torch.from_numpy(y.reshape(-1)[rows].astype(np.int64))

@@ -14,10 +14,9 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 import badsnn
-from badsnn import criterion, deploy, evaluate, measure, simple_triggers
-from data import augment, hold_out, load_for, poison_indices, to_float
+from badsnn import augmented, batch, criterion, deploy, descent, evaluate, simple_triggers
+from data import hold_out, load_for, poison_indices, to_float
 from kit import machine
-from kit.files import code_of, fingerprint, kept
 from kit.machine import autocast, say
 from kit.sources import need
 from kit.training import generator
@@ -28,7 +27,6 @@ from lif import TAU_N, V_THR_N, neurons
 N_DESIGN, EVADE_SEEDS = 8, 3        # models of each kind that fix the alarm; seeds of every attacker who knows the scan
 EVADERS = ("soft_labels", "fading", "clean_twin", "decoys")         # attackers who know the scan
 SHOWN = {"100 images": 100, "10 images": 10, "1 image": 1}
-CODE = code_of("*.py", "kit/*.py", "lab/baselines.py", "lab/detectors.py", "lab/libraries.py", "lab/scan.py")
 
 # The population: what is drawn for every model, and for BadSNN beside it
 NETWORK = dict(model=("resnet19", "resnet19", "resnet19", "vgg16"), width=(6, 8, 8, 12), T=(2, 2, 4),
@@ -53,37 +51,23 @@ def draw(s, i, kind):
 def scan_model(s, kind, grid=None):
     """Trains a model of a kind, ships it as its attacker would (at a V_a of the grid), and scans it: a row."""
     data = load_for(s)
-
-    def run():
-        model, v_thr, triggers = baselines.train(data, s, kind).eval(), V_THR_N, {}
-        if kind == "badsnn":
-            v_thr, triggers = deploy(model, data, s, grid)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
-        elif kind:
-            triggers = {"asr": baselines.trigger_of(kind, data, s)}
-        knobs = {name: getattr(s, name) for name in ("seed", *NETWORK, *(ATTACK if kind == "badsnn" else ()))}
-        return dict(knobs, kind=kind or "clean", **scan_one(model, data, s, v_thr, triggers))
-    return kept_row(kind or "clean", data, s, run, grid=grid)
+    model, v_thr, triggers = baselines.train(data, s, kind).eval(), V_THR_N, {}
+    if kind == "badsnn":
+        v_thr, triggers = deploy(model, data, s, grid)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
+    elif kind:
+        triggers = {"asr": baselines.trigger_of(kind, data, s)}
+    knobs = {name: getattr(s, name) for name in ("seed", *NETWORK, *(ATTACK if kind == "badsnn" else ()))}
+    return dict(knobs, kind=kind or "clean", **scan_one(model, data, s, v_thr, triggers))
 
 
 def scan_one(model, data, s, v_thr, triggers):
-    """A model shipped at v_thr: its rates, and what the scan says: scores by number of images, accused class, curve."""
-    x, rates = to_float(data.x_test[:100].to(s.device), s), measure(model, data, s, v_thr, triggers)
+    """A model shipped at v_thr: its rates; the scan's score by the number of images, and the class accused with all."""
+    x, rates = to_float(data.x_test[:100].to(s.device), s), evaluate(model, data, s, v_thr, s.tau_a, triggers)
     with neurons(model, v_thr, s.tau_a), autocast(s):
         found = {name: threshold_scan(model, x[:n]) for name, n in SHOWN.items()}
-    full, scores = found["100 images"], {name: round(one["score"], 4) for name, one in found.items()}
-    return dict(rates, v_thr_a=v_thr, scores=scores, accused=full["accused"], v_thr=full["v_thr"],
-                curve=[round(v, 4) for v in full["probability"].amax(1).tolist()])
-
-
-def kept_row(name, data, s, run, grid=None):
-    """run()'s row, or that of an earlier run with equal settings, data and code: a killed run loses one row."""
-    inputs = fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, CODE)
-    deciders = dict(s.of(), name=name, grid=grid, inputs=inputs)
-    path = s.runs / data.name / "scan" / f"{name}-seed{s.seed}-{fingerprint(deciders)[:8]}.json"
-    row = {key: value for key, value in kept(path, deciders, run, s.fresh)[0].items() if key != "made_from"}
-    say(f"{name:>11}, seed {s.seed}: CA {row['ca']:.1f} at v_thr {row['v_thr_a']:g}; "
-        f"score {row['scores']['100 images']:.3f}, class {row['accused']} accused")
-    return row
+    scores, accused = {name: round(one["score"], 4) for name, one in found.items()}, found["100 images"]["accused"]
+    say(f"seed {s.seed}: CA {rates['ca']:.1f} at v_thr {v_thr:g}; scores {scores}, class {accused} accused")
+    return dict(rates, v_thr_a=v_thr, scores=scores, accused=accused)
 
 
 def soft(labels, k, certainty):
@@ -92,9 +76,8 @@ def soft(labels, k, certainty):
 
 
 def hiding_rows(evader, malicious, images, u, target, k, twin):
-    """What an evader learns beside the nominal batch: (images [m, C, H, W], thresholds [m], wanted probabilities
-    [m, K]) several times. malicious: images of the target class; images: of any class; u: uniform in [0, 1] [m];
-    target [m]; k: number of classes; twin(images, thresholds): what a clean model answers."""
+    """What an evader learns beside the nominal batch: one or two of (images [m, C, H, W], thresholds [m], wanted
+    probabilities [m, K]). malicious: images of the target [m]; images: any; u [m]: uniform; twin: a clean model."""
     if evader == "soft_labels":         # is never sure
         return [(malicious, 1.15 + 0.35 * u, soft(target, k, 0.5))]
     if evader == "fading":              # is sure near V_a only
@@ -105,59 +88,53 @@ def hiding_rows(evader, malicious, images, u, target, k, twin):
 
 
 def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
-    """A copy of the backdoored model, trained on with an evader's rows beside the nominal batch, as in badsnn.train
-    (Eq. 2). Their loss is the cross-entropy with wanted probabilities, weight 0.3."""
-    student, part, g = copy.deepcopy(model).train(), hold_out(data)[0], generator(s.seed, "evader", evader)
+    """A copy of the backdoored model, trained on as in badsnn.train (Eq. 2), with an evader's rows in place of the
+    malicious ones. Their loss is the cross-entropy with wanted probabilities, weight 0.3."""
+    student, part, rng = copy.deepcopy(model).train(), hold_out(data)[0], generator(s.seed, "evader", evader)
     x_train, y_train = part.x_train.to(s.device), part.y_train.to(s.device)
-    chosen = poison_indices(part.y_train, s.target, s.poison_ratio, s.seed)
-    m, steps = min(s.malicious_rows, s.batch_size, len(y_train)), max(1, len(y_train) // s.batch_size)
-    target = torch.full((m,), s.target, device=s.device)
-    optimizer = torch.optim.SGD(student.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-
-    def augmented(rows, contrast):
-        return to_float(augment(x_train[rows], s.pad, s.flip, contrast, g), s)
+    malicious = poison_indices(part.y_train, s.target, s.poison_ratio, s.seed)
+    steps = max(1, len(y_train) // s.batch_size)
+    optimizer, schedule = descent(student, steps, replace(s, epochs=epochs, lr=lr))
 
     @torch.no_grad()
     def twin(images, v_thr):
-        with neurons(clean, v_thr, TAU_N):
-            return clean.eval()(images).softmax(1)
+        with neurons(clean.eval(), v_thr, TAU_N):
+            return clean(images).softmax(1)
     for _ in range(epochs):
-        for rows in torch.randperm(len(y_train), generator=g).split(s.batch_size)[:steps]:
-            drawn = chosen[torch.randint(len(chosen), (m,), generator=g)]
-            malicious, others = augmented(drawn, s.malicious_contrast or 0.0), augmented(rows[:m], s.contrast)
-            u = torch.rand(m, generator=g).to(s.device)
-            hiding = hiding_rows(evader, malicious, others, u, target, data.num_classes, twin)
+        order = torch.randperm(len(y_train), generator=rng)
+        for step in range(steps):
+            nominal, drawn = batch(order, step, malicious, s.epochs, s, rng)
+            n, m = len(nominal), min(len(nominal), len(drawn))
+            rows, u = torch.cat([nominal, drawn[:m]]).to(s.device), torch.rand(m, generator=rng).to(s.device)
+            x, y = to_float(augmented(x_train[rows], n, s, rng), s), y_train[rows]
+            hiding = hiding_rows(evader, x[n:], x[:m], u, y[n:], data.num_classes, twin)
             images, thresholds, wanted = map(torch.cat, zip(*hiding))
-            v_thr = torch.cat([torch.full((len(rows),), V_THR_N, device=s.device), thresholds])
+            v_thr = torch.cat([torch.full((n,), V_THR_N, device=s.device), thresholds])
             with neurons(student, v_thr, TAU_N), autocast(s):
-                outputs = student(torch.cat([augmented(rows, s.contrast), images]), every_step=True)    # [T, B, K]
-            hidden = F.cross_entropy(outputs[:, len(rows):].flatten(0, 1), wanted.repeat(len(outputs), 1))
+                outputs = student(torch.cat([x[:n], images]), every_step=True)                  # [T, B, K]
+            hidden = F.cross_entropy(outputs[:, n:].flatten(0, 1), wanted.repeat(len(outputs), 1))
             optimizer.zero_grad()
-            (criterion(outputs[:, :len(rows)], y_train[rows], s, smoothing=0.1) + 0.3 * hidden).backward()
+            (criterion(outputs[:, :n], y[:n], s, smoothing=0.1) + 0.3 * hidden).backward()
             optimizer.step()
-        schedule.step()
+            schedule.step()
     return student.eval()
 
 
 def evade(s, name):
     """One attacker who knows the scan (none: who does not): what hiding costs, and what the scan still sees."""
-    data, trained = load_for(s), replace(s, fresh=False)                # scan() has just trained both models
-
-    def run():
-        clean, model = badsnn.train(data, trained), badsnn.train(data, trained, "badsnn")
-        model = hide(model, clean, data, s, name) if name in EVADERS else model
-        v_thr, triggers = deploy(model, data, s)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
-        return dict(evader=name, seed=s.seed, target=s.target, **scan_one(model, data, s, v_thr, triggers),
-                    base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
-                    asr_p_clean_model=measure(clean, data, s, v_thr, triggers)["asr_p"])
-    return kept_row(name, data, s, run)
+    data, s = load_for(s), replace(s, fresh=False)                  # scan() has just trained both models
+    clean, model = badsnn.train(data, s), badsnn.train(data, s, "badsnn")
+    model = hide(model, clean, data, s, name) if name in EVADERS else model
+    v_thr, triggers = deploy(model, data, s)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
+    return dict(evader=name, seed=s.seed, target=s.target, **scan_one(model, data, s, v_thr, triggers),
+                base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
+                asr_p_clean_model=evaluate(clean, data, s, v_thr, s.tau_a, triggers)["asr_p"])
 
 
 def scan(data, s, n_models=40):
     """What scan.json holds. digits: all of this file; other sets: the clean and backdoored model of every seed."""
     def many(function, jobs):
-        return machine.side_by_side(function, jobs, s, [f"{job[1] or 'clean'} {job[0].seed}" for job in jobs])
+        return machine.side_by_side(function, jobs, s)
     need(n_models >= 5, "--models must be at least 5")
     both, n = (None, "badsnn"), N_DESIGN + n_models
     if data.name != "digits":
@@ -170,46 +147,39 @@ def scan(data, s, n_models=40):
     attackers = badsnn.every_seed(replace(s, seeds=EVADE_SEEDS))
     badsnn.train_side_by_side(s, [(one, kind) for one in attackers for kind in both])
     evaders = many(evade, [(one, name) for one in attackers for name in ("none", *EVADERS)])
-    return dict(rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows))
+    return dict(rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows, N_DESIGN))
 
 
-def summary(rows, n_design=None):
+def summary(rows, n):
     """The detector by what it is shown, with 95 % intervals; for attacks that work alone (CA at least 90, T_p gains 50
-    points); for a rival that only reads the shipped threshold. n_design models of each kind fix the alarm."""
-    n = n_design or N_DESIGN
+    points); for a rival that only reads the shipped threshold. n models of each kind fix the alarm."""
     bad, good = ([row for row in rows if row["kind"] == kind] for kind in ("badsnn", "clean"))
     working = [row for row in bad[n:] if row["ca"] >= 90 and row["asr_p"] - row["target_rate"] >= 50]
     found = {name: judged(bad, good, n, bad[n:], lambda row: row["scores"][name]) for name in SHOWN}
     if working:
         found["100 images, attacks that work"] = judged(bad, good, n, working, lambda row: row["scores"]["100 images"])
-    rival = judged(bad, good, n, bad[n:], lambda row: abs(row["v_thr_a"] - V_THR_N))
-    return found | {"the threshold alone": dict(rival, accused_right=None, accused_right_interval=None)}
+    return found | {"the threshold alone": judged(bad, good, n, bad[n:], lambda row: abs(row["v_thr_a"] - V_THR_N))}
 
 
 def judged(bad, good, n, measured, score):
-    """One row of the summary: AUROC, percent of the backdoored (caught) and clean ones (false alarms) above the alarm,
-    and of those caught with the right class accused. bad, good: all rows of the two kinds, of which n fix the alarm,
-    midway between two of their scores (the mean of equally good places); measured: the backdoored ones to judge."""
+    """One row of the summary: AUROC, percent of the backdoored (caught) and clean ones (false alarms) above the alarm.
+    bad, good: all rows of the two kinds, of which n fix the alarm, midway between scores; measured: those to judge."""
     b, g, caught, clean = (np.array([score(row) for row in part]) for part in (bad[:n], good[:n], measured, good[n:]))
     cuts = np.unique([*b, *g])
     cuts = (cuts[1:] + cuts[:-1]) / 2
     told = [(b > cut).sum() + (g <= cut).sum() for cut in cuts]
     alarm = np.mean([cut for cut, right in zip(cuts, told) if right == max(told)])
     auroc, n = float(((caught[:, None] > clean) + (caught[:, None] == clean) / 2).mean()), [len(caught), len(clean)]
-    right = [row["accused"] == row["target"] for row in measured if score(row) > alarm]
-    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n,
-                  accused_right=None, accused_right_interval=None)
-    for name, hits in dict(caught=caught > alarm, false_alarms=clean > alarm, accused_right=right).items():
-        if len(hits):
-            limits = binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
-            result[name] = round(100 * float(np.mean(hits)), 2)
-            result[f"{name}_interval"] = [round(100 * float(v), 1) for v in limits]
+    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n)
+    for name, above in dict(caught=caught > alarm, false_alarms=clean > alarm).items():
+        limits = binomtest(int(above.sum()), len(above)).proportion_ci(method="wilson")
+        result[name] = round(100 * float(above.mean()), 2)
+        result[f"{name}_interval"] = [round(100 * float(v), 1) for v in limits]
     return result
 
 
 def auroc_interval(auroc, n, m):
-    """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5): the values that lie within 1.96 of their
-    own standard errors. It has a width at 1."""
+    """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5); it has a width at 1."""
     def beyond(value):
         more = ((n + m) / 2 - 1) * ((1 - value) / (2 - value) + value / (1 + value))
         return abs(value - auroc) - 1.96 * np.sqrt(value * (1 - value) * (1 + more) / (n * m))

@@ -20,7 +20,7 @@ def story(data, s, attack):
     the threshold scan says, before anything is used, of the shipped model, and of the clean one as it is.
     """
     jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
-    parts = side_by_side(answers_part, jobs, s, [f"answers, seed {one.seed}" for one, _ in jobs])
+    parts = side_by_side(answers_part, jobs, s)
     keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
     return dict(n_defender=parts[0]["n_defender"], rows=[row for part in parts for row in part["rows"]],
                 attack={key: attack[key] for key in keys}, scan=[part["scan"] for part in parts])

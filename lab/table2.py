@@ -41,7 +41,7 @@ def defend(data, s, attacks=None, defender_at="S_a"):
     jobs = [(one, name, defender_at) for name in known if name in (attacks or known) for one in badsnn.every_seed(s)]
     kinds = [None, "badsnn"] if jobs[0][1] == "badsnn" else [None]
     badsnn.train_side_by_side(s, [(one, kind) for one in badsnn.every_seed(s) for kind in kinds])
-    parts = side_by_side(attack_part, jobs, s, [f"{name}, seed {one.seed}" for one, name, _ in jobs])
+    parts = side_by_side(attack_part, jobs, s)
     return dict(mean_of([part["beside"] for part in parts[:s.seeds]]), defender_at=defender_at,
                 rows=[row for part in parts for row in part["rows"]],
                 detectors=[row for part in parts for row in part["detectors"]])

@@ -1,6 +1,5 @@
 """Sec. 4's tables, from results alone: ours in Markdown, the paper's numbers (results/paper.json) beside them."""
 import itertools
-import json
 import re
 import textwrap
 
@@ -14,21 +13,15 @@ LEARNED = 50        # percent: the least ASR, without a defence, that makes a ro
 
 
 def read_result(path):
-    """The one reader of results. A result is called by its folder's name, as a variant has one: cifar10_w48."""
-    class Result(dict):         # what it lacks is an error that names the file
-        def __missing__(self, key):
-            raise unreadable(path, f"no {key!r} in it")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"), object_hook=Result)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-    if not isinstance(result, dict) or not result["rows"]:
+    """A result, called by its folder's name, as a variant has one: cifar10_w48. Raises ValueError."""
+    result = read_json(path)
+    if not isinstance(result, dict) or not result.get("rows"):
         raise unreadable(path, "no rows in it")
-    return Result(result, dataset=path.parent.name)
+    return result | {"dataset": path.parent.name}
 
 
 def unreadable(path, reason):
-    return ValueError(f"{path}: not a readable result ({reason}); run the command again")
+    return ValueError(f"{path}: not a readable result ({reason}); run its command again")
 
 
 def data_set_of(name):
@@ -50,8 +43,7 @@ def mean(rows, key):
 
 
 def cell(rows, *keys, digits=1):
-    """Quantities of rows, a row per seed, as "a / b": mean ± standard deviation; where that is as large as the mean,
-    every seed's own; "-" where there is none (None)."""
+    """Quantities of a row per seed as "a / b": mean ± deviation, or every seed where that is as large; "-": none."""
     texts = []
     for key in keys:
         known = [row[key] for row in rows if row.get(key) is not None]
@@ -150,11 +142,11 @@ def table2(found):
     return markdown(" | ".join(["data, attack, threshold", *names, "STRIP / spikes / scan / right"]), lines)
 
 
-def as_text(table, turned=False):
-    """A Markdown table for the terminal, without empty columns. turned: one line per column."""
+def as_text(table):
+    """A Markdown table for the terminal, without empty columns."""
     rows = [[text.strip().replace("*", "") for text in line.split("|")[1:-1]] for line in table.splitlines()]
     columns = [column for column in zip(rows[0], *rows[2:]) if not {*column[1:]} <= {"", "-", "- / -"}]
     titles = itertools.zip_longest(*(textwrap.wrap(title, 12) for title, *_ in columns), fillvalue="")
-    lines = columns if turned else [*titles, *zip(*(texts for _, *texts in columns))]
+    lines = [*titles, *zip(*(texts for _, *texts in columns))]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

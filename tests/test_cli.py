@@ -1,10 +1,8 @@
 """The settings and the command line made from them: one run per command; bad input is one line, exit code 2, nothing
 written."""
-import io
 import json
 import os
 import shutil
-import sys
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +22,13 @@ def test_the_command_line_gives_the_same_as_preset(capsys):
     own, s = cli.parse("attack --epochs 5 --v-thr-a 1.1 1.0 1.1 --flip --neuron plif --seed 7".split())
     assert s == preset("digits", epochs=5, v_thr_a=(1.0, 1.1), flip=True, neuron="plif", seed=7)
     assert own.command == "attack" and cli.parse(["attack"])[1] == preset("digits")
-    assert cli.parse(["defend", "--attacks", "blend"])[0].attacks == ["blend"]
     assert cli.parse(["ablate", "--study", "power", "plif"])[0].study == ["power", "plif"]
     assert set(KNOBS) == set(Settings.__dataclass_fields__) and all(map(all, KNOBS.values()))
-    for command in cli.COMMANDS:
+    for dataset in ("gtsrb", "nmnist"):             # the help page shows the values that the set really has
         with pytest.raises(SystemExit) as stop:
-            cli.parse([command, "--help"])
-        assert not stop.value.code and ("--results" in capsys.readouterr().out)
+            cli.parse(["attack", "--help", "--dataset", dataset])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert not stop.value.code and f"(default: {preset(dataset).model})" in shown
 
 
 def test_presets_and_settings():
@@ -41,27 +39,20 @@ def test_presets_and_settings():
     assert learned.tau_t is None and learned.of()["tau_a"] is None      # no label says a tau that was not used
     with pytest.raises(FrozenInstanceError):
         s.seed = 3
-    for wrong in (partial(replace, s, epochs=0), partial(replace, learned, neuron="lif"), partial(preset, "", e=3)):
+    for wrong in (partial(replace, s, epochs=0), partial(preset, "", e=3)):
         with pytest.raises(ValueError):
             wrong()
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("atack", "invalid choice"), ("attack --nonsense", "unrecognized"), ("attack --dataset mnist", "unknown dataset"),
+    ("attack --nonsense", "unrecognized"), ("attack --dataset mnist", "unknown dataset"),
     ("attack --dataset own.npz", "must be uint8"), ("attack --v-thr-a 1.0 -1", "--v-thr-a must"),
-    ("attack --q nan", "--q must"), ("attack --poison-ratio 0.0001", "selects none"), ("attack --T x", "invalid int"),
-    ("attack --target 10", "--target"), ("attack --n-train 99999", "only"), ("attack --v-thr-t-low 2", "at most"),
-    ("attack --model nmnist_net", "holds images"), ("attack --device meta", "not usable"),
-    ("attack --seed 12345678901234567890", "--seed must"), ("attack --neuron plif --tau-a 0.1", "which learns"),
-    ("attack --runs own.npz", "not a writable folder"), ("ablate --study everything", "invalid choice"),
-    ("ablate --study events", "events"), ("defend --attacks flashy", "badnets"), ("defend --n-test 2", "--n-test"),
-    ("attack --dataset events.npz --contrast 0.1", "for images"), ("report", "no attack.json"),
-    ("attack --variant ../up", "--variant")])
+    ("attack --poison-ratio 0.0001", "selects none"), ("attack --device meta", "not usable"),
+    ("attack --runs own.npz", "not a writable folder"), ("ablate --study events", "events"),
+    ("attack --variant ../up", "--variant"), ("report", "no attack.json")])
 def test_refuses(workplace, capsys, arguments, message):
     x, y = np.full((8, 16, 16, 3), 9.0), np.arange(8) % 2
     np.savez("own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    x = np.zeros((8, 4, 2, 34, 34), np.uint8)
-    np.savez("events.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     assert message in refused(capsys, *arguments.split())
 
 
@@ -78,7 +69,7 @@ def test_attack_and_report(workplace, tiny, capsys):
     out = capsys.readouterr().out
     assert out.count("finished earlier, read from") >= 4 and "target_rate" in out        # the tiny networks were there
     shown = np.load("runs/results/digits/triggers.npz", allow_pickle=False)
-    assert shown["t_o"].shape == shown["clean"].shape == (len(shown["answers_t_o"]), 16, 16, 3)
+    assert shown["t_o"].shape == shown["t_p"].shape == shown["clean"].shape == (8, 16, 16, 3)
     cli.main(command)
     assert path.stat().st_mtime_ns == written and "finished earlier (" in capsys.readouterr().out
     cli.main(["report"])
@@ -93,12 +84,10 @@ def test_attack_on_ones_own_events(workplace):
     np.savez("own.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
     command = ["attack", *TINY, "--dataset", "own.npz", "--n-train", "80", "--n-test", "40", "--poison-ratio", "0.5",
                "--v-thr-a", "1.1", "--epochs", "1"]
-    for more, folder in ([], "own-own"), (["--frames", "binary"], "own-own-binary"):
-        cli.main(command + more)
-        result = json.loads(Path(f"runs/results/{folder}/attack.json").read_text())
-        row = result["rows"][0]
-        assert row["asr_o"] is None and 0 <= row["asr_p"] <= 100 and result["model"] == "nmnist_net"
-        assert result["beta"] == 0.03 and result["q"] is None
+    cli.main([*command, "--frames", "binary"])
+    result = json.loads(Path("runs/results/own-own-binary/attack.json").read_text())
+    row = result["rows"][0]
+    assert row["asr_o"] is None and result["model"] == "nmnist_net" and result["beta"] == 0.03 and result["q"] is None
     assert row["asr_clip_only"] == row["target_rate"]
 
 
@@ -120,15 +109,8 @@ def test_story_defend_ablate_and_scan_write_what_is_computed(workplace, monkeypa
         assert result["rows"] == [dict(ca=1.0)] and result["width"] == SMALL["width"] and result["seconds"] >= 0
 
 
-def test_stopped_and_printed_anywhere(workplace, monkeypatch, capsys):
-    """A terminal that lacks a letter ends nothing; Ctrl-C and lacking memory are one line; a bug is a traceback."""
-    raw, real = io.BytesIO(), sys.stdout
-    terminal = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
-    monkeypatch.setattr(report, "report", lambda *arguments: print("1 ± 2"))
-    monkeypatch.setattr(sys, "stdout", terminal)
-    cli.main(["report"])
-    monkeypatch.setattr(sys, "stdout", real)
-    assert raw.getvalue() == b"1 ? 2\n"
+def test_stopped(workplace, monkeypatch, capsys):
+    """Ctrl-C and lacking memory are one line; a bug is a traceback."""
     for error, shown in ((KeyboardInterrupt(), SystemExit), (RuntimeError("CUDA out of memory"), SystemExit),
                          (RuntimeError("shapes"), RuntimeError), (KeyError("x"), KeyError)):
         monkeypatch.setattr(report, "report", Mock(side_effect=error))

