@@ -135,38 +135,31 @@ def test_event_triggers_by_hand():
                     if inside(t, y, x):
                         wanted[:, t, 0, y, x], wanted[:, t, 1, y, x] = off, on
         return wanted
+    assert torch.equal(baselines.static(frames), expected(lambda t, y, x: y < 3 and x < 3, 0, 1))
+    assert torch.equal(baselines.moving(frames), expected(
+        lambda t, y, x: y < 3 and (0, 5, 10, 0, 5)[t] <= x < (3, 8, 13, 3, 8)[t], 0, 1))
+    assert torch.equal(baselines.flashy(frames), expected(lambda t, y, x: t in (0, 2, 4), 0, 1))
     for polarity, (off, on) in {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}.items():
-        assert torch.equal(baselines.static(frames, polarity),
-                           expected(lambda t, y, x: y < 3 and x < 3, off, on))
-        assert torch.equal(baselines.moving(frames, polarity),
-                           expected(lambda t, y, x: y < 3 and (0, 5, 10, 0, 5)[t] <= x < (3, 8, 13, 3, 8)[t], off, on))
-        assert torch.equal(baselines.flashy(frames, polarity), expected(lambda t, y, x: t in (0, 2, 4), off, on))
-        assert torch.equal(baselines.flashy(frames, polarity, on=1, off=2),
-                           expected(lambda t, y, x: t in (0, 3), off, on))
-    plan = torch.tensor([[4 + t, 7, 2] for t in range(5)])
-    assert torch.equal(baselines.smart(frames, plan),
-                       expected(lambda t, y, x: 4 + t <= y < 7 + t and 7 <= x < 10, 1, 0))
+        plan = {t: (4 + t, 7) for t in range(5)}, polarity
+        assert torch.equal(baselines.smart(frames, plan),
+                           expected(lambda t, y, x: 4 + t <= y < 7 + t and 7 <= x < 10, off, on))
     assert torch.equal(frames, before)                                           # the argument stays
 
 
 def test_the_smart_plan_finds_the_part_and_its_rarest_polarity():
-    x = torch.zeros(20, 50, 2, 34, 34, dtype=torch.uint8)
-    x[:, :, 0, 22:33, 0:11], x[:, :, 1, 22:33, 0:6] = 1, 7           # lower left: OFF everywhere, ON too in a half
-    x[:, :, 1, 0:11, 11:22] = 200                                     # many events, but in fewer active pixels
-    x[:, :, 1, 8:11, 11:22] = 0
-    x[0, 0, :, 25, 3], x[0, 0, 1, 26, 3], x[0, 0, 0, 26, 3] = 0, 1, 0  # one empty, one with ON alone
-    x[0, 1, :, 25, 3] = 0                                             # another empty one: ON alone is rarest
-    plan = baselines.smart_plan(x, seed=0, busiest=True)
-    assert plan.shape == (50, 3) and (plan[:, 2] == 1).all()
-    y, column = plan[:, 0], plan[:, 1]
-    assert y.min() >= 22 + 3 and y.max() + 3 <= 33 and column.min() >= 3 and column.max() + 3 <= 11
-    assert (plan[1:, :2] - plan[:-1, :2]).abs().eq(2).all() and len(plan[:, :2].unique(dim=0)) >= 4
-    x[:, :, :, :11] = x[:, :, :, 11:, 11:] = 1                        # left in the middle: the quietest part
-    x[:, :, :, 11:22, :11], x[:, :, 1, 12, :11], x[:3, :, 0, 14, :9] = 0, 1, 1      # no pixel with both events
-    plan = baselines.smart_plan(x, seed=0)
-    assert (plan[:, 2] == 3).all() and plan[:, 0].min() >= 11 + 3 and plan[:, 0].max() + 3 <= 22
-    assert plan[:, 1].min() >= 3 and plan[:, 1].max() + 3 <= 11
-    assert torch.equal(plan, baselines.smart_plan(x, seed=0)) and not torch.equal(plan, baselines.smart_plan(x, seed=1))
+    """Left in the middle: many events, but in the fewest pixels. Both polarities together are rarest there."""
+    x = torch.ones(20, 50, 2, 34, 34, dtype=torch.uint8)
+    x[:, :, :, 11:22, :11] = 0
+    x[:, :, 1, 12, :11], x[:3, :, 0, 14, :9] = 200, 1               # no pixel with both
+    corners, polarity = plan = baselines.smart_plan(x, seed=0)
+    y, column = torch.tensor(list(corners.values())).T
+    assert polarity == 3 and list(corners) == list(range(50))
+    assert y.min() >= 11 + 3 and y.max() + 3 <= 22 and column.min() >= 3 and column.max() + 3 <= 11
+    assert y.diff().abs().eq(2).all() and column.diff().abs().eq(2).all() and len(y.unique()) > 1 < len(column.unique())
+    assert plan == baselines.smart_plan(x, seed=0) != baselines.smart_plan(x, seed=1)
+    x[:, :, 0, 13, :11] = x[:, :, 1, 13, :11] = 1                   # now most are of both, and fewest OFF alone
+    x[:3, :, 0, 14, :9], x[0, 0, 0, 15, 0] = 0, 1
+    assert baselines.smart_plan(x)[1] == 2
 
 
 def test_poisoned_recordings(tiny):
