@@ -30,7 +30,7 @@ def tiny(digits, tmp_path, monkeypatch):
 
 
 def test_defend(tiny):
-    """On digits: rows as the table wants them; a second run reads its parts; another defender is another part."""
+    """Rows as the table wants them; a second run reads its parts; another defender is another part."""
     s = tiny()
     data = load_for(s)
     result = table2.defend(data, s)
