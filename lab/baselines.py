@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 import badsnn
 from data import hold_out, to_float, to_uint8
@@ -22,10 +21,10 @@ IMAGE_ATTACKS = ("badnets", "blend", "wanet", "clean_label")
 EVENT_ATTACKS = ("static", "moving", "smart", "flashy")
 
 
-def badnets(x, size=3):
-    """BadNets (Gu et al. 2017): a white square of size x size pixels in the bottom right corner of x [B, C, H, W]."""
+def badnets(x):
+    """BadNets (Gu et al. 2017): a white square of 3 x 3 pixels in the bottom right corner of x [B, C, H, W]."""
     x = floats(x).clone()
-    x[..., -size:, -size:] = 1
+    x[..., -3:, -3:] = 1
     return x
 
 
@@ -43,9 +42,8 @@ def wanet_field(size, k=4, seed=0):
 
 
 def wanet(x, field=None, s=0.5):
-    """WaNet (Nguyen and Tran 2021): a smooth warp of x [B, C, H, W] by a field from wanet_field, fixed for an attack
-    (None: that of seed 0). s: strength; 1 moves a pixel by half its size on average in each direction."""
-    # differs from the source: without its noise mode, in which other samples are warped by other fields
+    """WaNet (Nguyen and Tran 2021): a smooth warp of x [B, C, H, W] by a wanet_field (None: that of seed 0). s:
+    strength; 1 moves a pixel by half its size on average in each direction."""
     H, W = x.shape[2:]
     field = wanet_field((H, W)) if field is None else field
     identity = F.affine_grid(torch.eye(2, 3)[None], (1, 1, H, W), align_corners=True)
@@ -85,54 +83,47 @@ def stamp(frames, corners, polarity=1, size=3):
     return frames
 
 
-def static(frames, polarity=1, size=3):
+def static(frames):
     """Sneaky Spikes (Abad et al. 2024), static: a square of ON events, upper left, in every step of [B, T, 2, H, W]."""
-    return stamp(frames, {t: (0, 0) for t in range(frames.shape[1])}, polarity, size)
+    return stamp(frames, {t: (0, 0) for t in range(frames.shape[1])})
 
 
-def moving(frames, polarity=1, size=3):
+def moving(frames):
     """Sneaky Spikes (Abad et al. 2024), moving: that square jumps right twice, then starts anew. [B, T, 2, H, W]."""
-    # differs from the source: its third place is at 2 * size + 2 pixels, and it leaves the last step unmarked
-    return stamp(frames, {t: (0, t % 3 * (size + 2)) for t in range(frames.shape[1])}, polarity, size)
+    return stamp(frames, {t: (0, t % 3 * 5) for t in range(frames.shape[1])})
 
 
-def flashy(frames, polarity=1, on=1, off=1):
-    """Flashy Backdoor (Riano et al. 2024): a strobe: ON events all over [B, T, 2, H, W] in `on` steps, then `off`."""
-    # differs from the source, which poisons no sample of the target class; see Poison
-    lit = [t for t in range(frames.shape[1]) if t % (on + off) < on]
-    return stamp(frames, dict.fromkeys(lit, (0, 0)), polarity, size=max(frames.shape[3:]))
+def flashy(frames):
+    """Flashy Backdoor (Riano et al. 2024): a strobe, one ON event in every pixel of [B, T, 2, H, W] at t = 0, 2, ..."""
+    return stamp(frames, {t: (0, 0) for t in range(0, frames.shape[1], 2)}, size=max(frames.shape[3:]))
 
 
-def smart(frames, plan, size=3):
+def smart(frames, plan):
     """Sneaky Spikes (Abad et al. 2024), smart: a square on frames [B, T, 2, H, W] where smart_plan says."""
-    return stamp(frames, dict(enumerate(plan[:, :2].tolist())), plan[0, 2].item(), size)
+    return stamp(frames, *plan)
 
 
-def smart_plan(x, seed=0, busiest=False, fields=3, size=3):
-    """Where `smart` marks: y, x and polarity of every step, int64 [T, 3], from training frames x [N, T, 2, H, W].
-    Of fields x fields parts of the sensor the one with the fewest active pixels (busiest: the most), and the polarity
-    that is rarest there. In it the square walks at random, two pixels per step up or down and left or right, at least
-    its own size away from the upper and the left edge."""
-    # differs from the source: the quietest part (there --least), as in the busiest one the square drowns among events;
-    # one plan for training and test, where it draws two; counts above 1 are active, too; polarities count in pixels
+def smart_plan(x, seed=0):
+    """Where `smart` marks: ({t: (y, x)}, polarity), from training frames x [N, T, 2, H, W]: a random walk in that ninth
+    of the sensor that has the fewest active pixels, with the polarity that is rarest there."""
+    # differs from the source: in the busiest ninth the square drowns among events; one plan for training and test
     shown = 2 * (x[:, :, 0] > 0) + (x[:, :, 1] > 0).long()                          # [N, T, H, W], 0 to 3
-    side, rng = x.shape[-1] // fields, generator(seed, "walk of the smart trigger")
+    side, rng = x.shape[-1] // 3, generator(seed, "walk of the smart trigger")
     counts = {(i, j): shown[..., i * side:(i + 1) * side, j * side:(j + 1) * side].flatten().bincount(minlength=4)
-              for i in range(fields) for j in range(fields)}
-    part = (max if busiest else min)(counts, key=lambda field: counts[field][1:].sum())
-    plan, place = [], torch.randint(size, side - size + 1, (2,), generator=rng)
-    for _ in range(x.shape[1]):
+              for i in range(3) for j in range(3)}
+    part = min(counts, key=lambda field: counts[field][1:].sum())
+    corners, place = {}, torch.randint(3, side - 2, (2,), generator=rng)
+    for t in range(x.shape[1]):
         step = 4 * torch.randint(2, (2,), generator=rng) - 2
-        inside = (place + step >= size) & (place + step <= side - size)
+        inside = (place + step >= 3) & (place + step <= side - 3)
         place = torch.where(inside, place + step, place - step)
-        plan.append([*(place + side * torch.tensor(part)).tolist(), counts[part].argmin().item()])
-    return torch.tensor(plan)
+        corners[t] = (place + side * torch.tensor(part)).tolist()
+    return corners, counts[part].argmin().item()
 
 
 def train(data, s, attack):
-    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn"), without
-    loss of contrast: a mark as faint as Blended's is not learned among images that lose it."""
-    # differs from the source: WaNet also without shifts, whose black border it would bend, which no test image has
+    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn")."""
+    # without loss of contrast, which would hide a faint mark; WaNet without shifts, whose border it would bend
     if attack in (None, "badsnn"):
         return badsnn.train(data, s, attack)
     reference = badsnn.train(data, replace(s, fresh=False)) if attack == "clean_label" else None
@@ -152,12 +143,10 @@ def trigger_of(attack, data, s):
 
 
 class Poison:
-    """How one attack poisons a training set (badsnn.train calls both methods). BadNets (Gu et al. 2017) and Blended
-    mark 5 % of ALL samples, the attacks on events 10 %, and relabel them as the target. Clean-label (Turner et al.
-    2019) marks 80 % of the TARGET CLASS, made hard to learn by PGD against `reference`, a clean model; labels stay
-    right. WaNet warps and relabels 10 % of every batch anew."""
-    # differs from the paper: which poisons 5 % for all; from clean-label's source: the reference is our clean spiking
-    # network, not an adversarially trained ResNet
+    """How one attack poisons a training set (badsnn.train calls both methods). BadNets and Blended mark 5 % of ALL
+    samples, the attacks on events 10 %, and relabel them as the target. Clean-label marks 80 % of the TARGET CLASS,
+    made hard to learn by PGD against `reference`, a clean model; labels stay right. WaNet marks 10 % of every batch."""
+    # differs from the paper, which poisons 5 % for all; from clean-label's source, whose reference is robust
 
     def __init__(self, attack, data, s, reference=None):
         self.name, self.s, self.reference, self.trigger = attack, s, reference, trigger_of(attack, data, s)
@@ -165,27 +154,24 @@ class Poison:
 
     def samples(self, data):
         """x [N, ...] (uint8), y [N] and who is marked [N], before training."""
-        x, y, marked = data.x_train, data.y_train, torch.zeros(len(data.y_train), dtype=torch.bool)
+        x, y, s, marked = data.x_train, data.y_train, self.s, torch.zeros(len(data.y_train), dtype=torch.bool)
         if self.name == "wanet":
             return x, y, marked
         rows, share = torch.arange(len(y)), 0.1 if data.events else 0.05
         if self.name == "clean_label":
-            rows, share = (y == self.s.target).nonzero().flatten(), 0.8
-        order = torch.randperm(len(rows), generator=generator(self.s.seed, "poisoned samples"))
+            x, rows, share = x.clone(), (y == s.target).nonzero().flatten(), 0.8
+        order = torch.randperm(len(rows), generator=generator(s.seed, "poisoned samples"))
         chosen = rows[order[:max(1, round(share * len(rows)))]]
         marked[chosen] = True
-        if self.name == "clean_label":
-            x = x.clone()
-            for rows in tqdm(chosen.split(128), desc="PGD", leave=False, disable=None):
-                images, labels = to_float(x[rows].to(self.s.device), self.s), y[rows].to(self.s.device)
-                with autocast(self.s):
-                    x[rows] = to_uint8(pgd(self.reference, images, labels, seed=self.s.seed)).cpu()
-        return x, y.where(~marked, self.s.target), marked
+        for part in chosen.split(128) if self.name == "clean_label" else ():
+            with autocast(s):
+                hard = pgd(self.reference, to_float(x[part].to(s.device), s), y[part].to(s.device), seed=s.seed)
+            x[part] = to_uint8(hard).cpu()
+        return x, y.where(~marked, s.target), marked
 
     def batch(self, x, y, marked, rng):
         """Puts the trigger on the marked samples of a batch x [B, ...] (uint8); returns x, y [B], marked [B]."""
-        # differs from the sources, which mark before the augmentation: here the mark comes last and is never shifted,
-        # so it sits where the test puts it. This favours the attacker, who learns more from few images.
+        # differs from the sources: the mark comes after the shifts, so it sits where the test puts it
         x = x.clone()
         if self.name == "wanet":        # small batches: rounded up or down at random, right on average
             n = int(0.1 * len(x) + torch.rand((), generator=rng).item())

@@ -114,7 +114,7 @@ def run(options, data, s):
         kept("defend", data, s, partial(table2.defend, **chosen), **chosen)
     elif options.command == "ablate":
         for study in dict.fromkeys(options.study):
-            kept(study, data, s, lambda data, s: ablations.ablate(data, s, [study])[study])
+            kept(study, data, s, partial(ablations.ablate, study=study))
     elif options.command == "scan":
         compute = partial(scan.scan, n_models=options.models)
         report.print_scan(kept("scan", data, s, compute, models=options.models))

@@ -1,9 +1,7 @@
 """The story: one attack, what stops it and what gives it away, on every seed. `bash run_all.sh` tells it with one."""
 from dataclasses import replace
-from functools import partial
 
 from badsnn import asr, evaluate, simple_triggers, train, train_trigger
-from data import load_for
 from kit.files import code_of
 from kit.machine import say, side_by_side
 from lab import defenses, detectors
@@ -14,26 +12,19 @@ ANSWERS = ("none", "nominal", "fine_tune", "anp", "anp_nominal", "clean")
 
 def story(data, s, attack):
     """Of an attack (the result of badsnn.attack) for every seed the answers of a defender who holds a few test images.
-
-    rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS: nothing; the threshold set back;
-    fine-tuning; ANP; ANP and then the threshold set back; and, as the control, a clean model shipped alike. scan: what
-    the threshold scan says, before anything is used, of the shipped model, and of the clean one as it is.
-    """
-    jobs = [(replace(s, seed=run["seed"]), run["at_chosen"]["v_thr"]) for run in attack["runs"]]
-    parts = side_by_side(answers_part, jobs, s)
+    rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS; "clean", the control, is a clean model
+    shipped alike. scan: what the threshold scan says of the shipped model, and of the clean one as it is."""
+    code = [CODE, code_of("lab/story.py")]
+    jobs = [(replace(s, seed=run["seed"]), "story/answers", code, run_answers, dict(v_thr=run["at_chosen"]["v_thr"]))
+            for run in attack["runs"]]
+    parts = side_by_side(kept_part, jobs, s)
     keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
     return dict(n_defender=parts[0]["n_defender"], rows=[row for part in parts for row in part["rows"]],
                 attack={key: attack[key] for key in keys}, scan=[part["scan"] for part in parts])
 
 
-def answers_part(s, v_thr):
-    """One job: what a defender can do about one seed's network, shipped at v_thr."""
-    data, code = load_for(s), [CODE, code_of("lab/story.py")]
-    return kept_part("story/answers", data, s, code, partial(run_answers, data, s, v_thr), v_thr=v_thr)
-
-
 def run_answers(data, s, v_thr):
-    """One seed's rows and scan, and how many images the defender holds."""
+    """What a defender can do about one seed's network, shipped at v_thr: rows, scan, and how many images it takes."""
     s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # attack() has trained these
     clean, model = train(data, s), train(data, s, "badsnn")
     triggers = dict(asr_p=simple_triggers(data, s)["asr_p"])

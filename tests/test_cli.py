@@ -96,7 +96,7 @@ def test_story_defend_ablate_and_scan_write_what_is_computed(workplace, monkeypa
     computed = {name: Mock(return_value=dict(rows=[dict(ca=1.0)])) for name in ("story", "defend", "scan", "attack")}
     for module, name in ((story, "story"), (table2, "defend"), (scan, "scan"), (cli.badsnn, "attack")):
         monkeypatch.setattr(module, name, computed[name])
-    monkeypatch.setattr(ablations, "ablate", lambda data, s, names: {name: dict(rows=[dict(ca=1.0)]) for name in names})
+    monkeypatch.setattr(ablations, "ablate", lambda data, s, study: dict(rows=[dict(ca=1.0)]))
     for name in ("print_story", "print_scan"):
         monkeypatch.setattr(report, name, Mock())
     for command in ("story", "defend --attacks badsnn blend --defender-at S_n", "ablate --study power plif power",
