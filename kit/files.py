@@ -1,5 +1,4 @@
-"""Files. A file is whole or not there; a result is reused only if its data, settings and code are the same; nothing
-that is read is ever executed; every reader names its file."""
+"""Files that are whole or not there, fingerprints of what decides a result, means over seeds."""
 import contextlib
 import functools
 import hashlib
@@ -9,10 +8,7 @@ import secrets
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
-
-from kit.machine import rank
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,32 +24,6 @@ def replace_file(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    with replace_file(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def write_json(path, result):
-    """Writes a result, once however many processes train together."""
-    if rank() == 0:
-        write_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def read_json(path):
-    """A result that was written whole. Raises ValueError that names the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable result ({error}); delete it and run its command again") from None
-
-
-def write_arrays(path, **arrays):
-    """Arrays or tensors as an .npz file, once however many processes train together."""
-    if rank() == 0:
-        with replace_file(path) as part, open(part, "wb") as file:
-            np.savez_compressed(file, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 def fingerprint(*things):
@@ -78,19 +48,6 @@ def code_of(*patterns):
     """Fingerprint of this repository's files that fit, such as "lab/*.py": what decides a result beside settings."""
     paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
     return fingerprint([path.read_text(encoding="utf-8") for path in paths])
-
-
-def kept(path, deciders, run, fresh=False):
-    """(result, whether it was there): a dict from `path` if it was made with equal `deciders` (a dict of plain values:
-    all that decides the result), else run()'s, written there."""
-    made_from = fingerprint(deciders)
-    with contextlib.suppress(ValueError, TypeError, LookupError):       # no file, or a damaged one
-        result = read_json(path)
-        if result["made_from"] == made_from and not fresh:
-            return result, True
-    result = dict(run(), made_from=made_from)
-    write_json(path, result)
-    return result, False
 
 
 def mean_of(rows):

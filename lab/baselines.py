@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import badsnn
-from data import hold_out, to_float, to_uint8
+from data import to_float, to_uint8
 from kit.files import code_of, fingerprint
 from kit.machine import autocast
 from kit.training import generator
@@ -18,7 +18,7 @@ from models import frozen
 from trigger import floats
 
 IMAGE_ATTACKS = ("badnets", "blend", "wanet", "clean_label")
-EVENT_ATTACKS = ("static", "moving", "smart", "flashy")
+EVENT_ATTACKS = ("static", "moving", "flashy")
 
 
 def badnets(x):
@@ -74,12 +74,12 @@ def pgd(model, x, y, eps=16 / 255, step=1.5 / 255, steps=100, seed=0):
 
 # ----- Attacks on events. Frames hold counts [B, T, 2, H, W], OFF before ON. A trigger REPLACES what an area holds.
 
-def stamp(frames, corners, polarity=1, size=3):
-    """A square of size x size pixels on frames [B, T, 2, H, W] in the steps of corners {t: (y, x) of its upper left}.
-    A marked pixel holds no event (polarity 0), one ON event (1), one OFF event (2), or both (3)."""
+def stamp(frames, corners, size=3):
+    """One ON event in every pixel of a square of size x size on frames [B, T, 2, H, W], in the steps of corners
+    {t: (y, x) of its upper left}."""
     frames = floats(frames).clone()
     for t, (y, x) in corners.items():
-        frames[:, t, :, y:y + size, x:x + size] = frames.new_tensor([polarity // 2, polarity % 2]).view(2, 1, 1)
+        frames[:, t, :, y:y + size, x:x + size] = frames.new_tensor([0, 1]).view(2, 1, 1)
     return frames
 
 
@@ -98,29 +98,6 @@ def flashy(frames):
     return stamp(frames, {t: (0, 0) for t in range(0, frames.shape[1], 2)}, size=max(frames.shape[3:]))
 
 
-def smart(frames, plan):
-    """Sneaky Spikes (Abad et al. 2024), smart: a square on frames [B, T, 2, H, W] where smart_plan says."""
-    return stamp(frames, *plan)
-
-
-def smart_plan(x, seed=0):
-    """Where `smart` marks: ({t: (y, x)}, polarity), from training frames x [N, T, 2, H, W]: a random walk in that ninth
-    of the sensor that has the fewest active pixels, with the polarity that is rarest there."""
-    # differs from the source: in the busiest ninth the square drowns among events; one plan for training and test
-    shown = 2 * (x[:, :, 0] > 0) + (x[:, :, 1] > 0).long()                          # [N, T, H, W], 0 to 3
-    side, rng = x.shape[-1] // 3, generator(seed, "walk of the smart trigger")
-    counts = {(i, j): shown[..., i * side:(i + 1) * side, j * side:(j + 1) * side].flatten().bincount(minlength=4)
-              for i in range(3) for j in range(3)}
-    part = min(counts, key=lambda field: counts[field][1:].sum())
-    corners, place = {}, torch.randint(3, side - 2, (2,), generator=rng)
-    for t in range(x.shape[1]):
-        step = 4 * torch.randint(2, (2,), generator=rng) - 2
-        inside = (place + step >= 3) & (place + step <= side - 3)
-        place = torch.where(inside, place + step, place - step)
-        corners[t] = (place + side * torch.tensor(part)).tolist()
-    return corners, counts[part].argmin().item()
-
-
 def train(data, s, attack):
     """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn")."""
     # without loss of contrast, which would hide a faint mark; WaNet without shifts, whose border it would bend
@@ -132,12 +109,10 @@ def train(data, s, attack):
 
 
 def trigger_of(attack, data, s):
-    """The trigger of an attack, a function of a batch: the seed, and for `smart` the training frames, decide it."""
+    """The trigger of an attack, a function of a batch."""
     if attack == "wanet":       # stronger where there are many classes: at 2 CIFAR-100's networks do not learn it
         field = wanet_field(data.x_train.shape[2:], seed=s.seed)
         return partial(wanet, field=field, s=4.0 if data.num_classes >= 100 else 2.0)
-    if attack == "smart":
-        return partial(smart, plan=smart_plan(hold_out(data)[0].x_train, s.seed))
     return dict(badnets=badnets, blend=partial(blend, seed=s.seed), clean_label=clean_label, static=static,
                 moving=moving, flashy=flashy)[attack]
 

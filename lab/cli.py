@@ -6,14 +6,16 @@ import time
 from dataclasses import fields, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 import badsnn
 from data import hold_out, load_for, poison_indices, to_float, to_uint8
-from kit import files, machine
+from kit import machine
+from kit.files import code_of, replace_file
 from kit.machine import say
 from kit.sources import need
-from lab import ablations, baselines, own, report, scan, story, table2
+from lab import ablations, baselines, own, report, results, scan, story, table2
 from settings import CHOICES, KNOBS, PRESETS, Settings, flag, preset
 
 COMMANDS = {"story": "one attack, what stops it, what gives it away", "attack": "Table 1's row of a data set",
@@ -82,8 +84,7 @@ def folder_of(data, s):
 def kept(name, data, s, compute, **more):
     """compute(data, s)'s result from RESULTS/DATASET/name.json, if it is there and was made from the same data,
     settings and code, else made and written, with what it must carry to mean anything."""
-    code = files.code_of("*.py", "kit/*.py", "lab/[!cfrt]*.py", "lab/table2.py")        # not what only prints
-    inputs = files.fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, code)
+    code = code_of("*.py", "kit/*.py", "lab/[!cfrt]*.py", "lab/table2.py")        # not what only prints
     path, started, labels = folder_of(data, s) / f"{name}.json", time.time(), hold_out(data)[0].y_train
     n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
     about = dict(s.of(), dataset=data.name, note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
@@ -93,7 +94,7 @@ def kept(name, data, s, compute, **more):
 
     def run():
         return about | compute(data, s) | dict(seconds=round(time.time() - started, 1))
-    result, earlier = files.kept(path, dict(s.of(), **more, name=name, inputs=inputs), run, s.fresh)
+    result, earlier = results.kept(path, data, s, code, run, **more)
     say(f"finished earlier (--fresh runs it again): {path}" if earlier else f"written: {path}")
     return result
 
@@ -130,7 +131,9 @@ def write_triggers(data, s, v_thr):
     classes = data.y_test[data.y_test != s.target].unique()[:8]
     x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(s.device), s)
     shown = dict(clean=x, t_p=badsnn.simple_triggers(data, s)["asr_p"](x), t_o=t_o(x))
-    files.write_arrays(path, **{name: to_uint8(images).permute(0, 2, 3, 1).cpu() for name, images in shown.items()})
+    arrays = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in shown.items()}
+    with replace_file(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def main(argv=None):

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from badsnn import answers, percentage
-from kit.files import ROOT, read_json
+from kit.files import ROOT
 from kit.machine import say
 from kit.sources import need, read_npz
 from lab.detectors import threshold_scan
 from lab.libraries import neurons_of
+from lab.results import read_json
 from lab.scan import SHOWN
 
 KNOWN = ROOT / "results" / "digits" / "scan.json"       # where models lie whose nature is known

@@ -1,8 +1,9 @@
 """What the results say: every table and figure from results/ alone, and what commands print at their end."""
-from kit.files import ROOT, write_text
+from kit.files import ROOT
 from kit.machine import say
 from lab import tables
 from lab.figures import FIGURES, figure_triggers
+from lab.results import write_text
 
 SHIPPED = ROOT / "results"      # the repository's own
 TEXT1 = """In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as

@@ -14,11 +14,12 @@ from sklearn.metrics import roc_auc_score
 import badsnn
 from badsnn import asr, evaluate, train
 from data import augment, load_for, to_float
-from kit.files import code_of, fingerprint, kept, mean_of
+from kit.files import code_of, mean_of
 from kit.machine import autocast, say, side_by_side
 from kit.sources import need
 from kit.training import generator
 from lab import baselines, defenses, detectors
+from lab.results import kept
 from lif import TAU_N, V_THR_N, neurons
 from models import frozen
 
@@ -66,10 +67,8 @@ def split_test(data, s):
 def kept_part(s, name, code, run, decides):
     """run(data, s, **decides) for one seed, kept in s.runs: a killed run goes on after the last one of them."""
     data = load_for(s)
-    inputs = fingerprint(data.x_train, data.y_train, data.x_test, data.y_test, code)
-    deciders = dict(replace(s, seeds=1).of(), **decides, inputs=inputs)
-    path = s.runs / data.name / f"{name}-seed{s.seed}-{fingerprint(deciders)[:8]}.json"
-    return kept(path, deciders, partial(run, data, s, **decides), s.fresh)[0]
+    path = s.runs / data.name / f"{name}-seed{s.seed}.json"
+    return kept(path, data, replace(s, seeds=1), code, partial(run, data, s, **decides), **decides)[0]
 
 
 def run_attack(data, s, attack, defender_at):

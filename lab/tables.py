@@ -5,7 +5,8 @@ import textwrap
 
 import numpy as np
 
-from kit.files import ROOT, read_json
+from kit.files import ROOT
+from lab.results import read_json
 from settings import PRESETS
 
 PAPER = read_json(ROOT / "results/paper.json")      # its own numbers

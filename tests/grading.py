@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit.files import ROOT, write_json
+from kit.files import ROOT
 from kit.training import generator
+from lab.results import write_json
 
 
 def seed():

@@ -122,27 +122,7 @@ def test_event_triggers_by_hand():
     assert torch.equal(baselines.moving(frames), expected(
         lambda t, y, x: y < 3 and (0, 5, 10, 0, 5)[t] <= x < (3, 8, 13, 3, 8)[t], 0, 1))
     assert torch.equal(baselines.flashy(frames), expected(lambda t, y, x: t in (0, 2, 4), 0, 1))
-    for polarity, (off, on) in {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}.items():
-        plan = {t: (4 + t, 7) for t in range(5)}, polarity
-        assert torch.equal(baselines.smart(frames, plan),
-                           expected(lambda t, y, x: 4 + t <= y < 7 + t and 7 <= x < 10, off, on))
     assert torch.equal(frames, before)                                           # the argument stays
-
-
-def test_the_smart_plan_finds_the_part_and_its_rarest_polarity():
-    """Left in the middle: many events, but in the fewest pixels. Both polarities together are rarest there."""
-    x = torch.ones(20, 50, 2, 34, 34, dtype=torch.uint8)
-    x[:, :, :, 11:22, :11] = 0
-    x[:, :, 1, 12, :11], x[:3, :, 0, 14, :9] = 200, 1               # no pixel with both
-    corners, polarity = plan = baselines.smart_plan(x, seed=0)
-    y, column = torch.tensor(list(corners.values())).T
-    assert polarity == 3 and list(corners) == list(range(50))
-    assert y.min() >= 11 + 3 and y.max() + 3 <= 22 and column.min() >= 3 and column.max() + 3 <= 11
-    assert y.diff().abs().eq(2).all() and column.diff().abs().eq(2).all() and len(y.unique()) > 1 < len(column.unique())
-    assert plan == baselines.smart_plan(x, seed=0) != baselines.smart_plan(x, seed=1)
-    x[:, :, 0, 13, :11] = x[:, :, 1, 13, :11] = 1                   # now most are of both, and fewest OFF alone
-    x[:3, :, 0, 14, :9], x[0, 0, 0, 15, 0] = 0, 1
-    assert baselines.smart_plan(x)[1] == 2
 
 
 def test_marked_samples_of_a_batch_carry_the_trigger(tiny, monkeypatch):

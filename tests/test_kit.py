@@ -13,7 +13,8 @@ from common import start
 
 import badsnn
 from kit import files, machine, training
-from kit.files import fingerprint, kept, read_json, replace_file
+from kit.files import fingerprint, replace_file
+from lab.results import kept, read_json, write_json, write_text
 from settings import preset
 
 # ----- Files
@@ -21,9 +22,9 @@ from settings import preset
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     """Under a name that nobody else has: not another process, not the same PID on another host."""
     path = tmp_path / "sub" / "r.json"
-    files.write_json(path, dict(a=1))
+    write_json(path, dict(a=1))
     with pytest.raises(TypeError):
-        files.write_text(path, 5)
+        write_text(path, 5)
     assert read_json(path) == dict(a=1)
     with replace_file(path) as mine:
         mine.write_text("half")
@@ -46,20 +47,22 @@ def test_fingerprints_tell_things_apart():
     assert fingerprint(model) not in found
 
 
-def test_a_result_is_kept_only_for_what_decides_it(tmp_path):
+def test_a_result_is_kept_only_for_what_decides_it(tmp_path, tiny):
     path, calls = tmp_path / "r.json", []
 
     def run():
         calls.append(1)
         return dict(value=len(calls))
-    assert kept(path, dict(a=1), run) == (read_json(path), False)
-    assert kept(path, dict(a=1), run) == (read_json(path), True) and len(calls) == 1
-    assert kept(path, dict(a=2), run)[0]["value"] == 2
-    assert kept(path, dict(a=2), run, fresh=True)[0]["value"] == 3
+
+    def again(a, **changes):
+        return kept(path, tiny.data, replace(tiny.s, **changes), "code", run, a=a)
+    assert again(1) == (read_json(path), False)
+    assert again(1) == (read_json(path), True) and len(calls) == 1
+    assert again(2)[0]["value"] == 2 and again(2, fresh=True)[0]["value"] == 3 and again(2, lr=0.3)[0]["value"] == 4
     for content in ("{", "[]"):
         path.write_text(content)
-        assert kept(path, dict(a=2), run)[0]["value"] == len(calls)
-    assert len(calls) == 5
+        assert again(2)[0]["value"] == len(calls)
+    assert len(calls) == 6
 
 
 def test_means_and_spread():

@@ -87,7 +87,7 @@ def test_defend_refuses_before_it_trains(tiny, monkeypatch):
     s = tiny()
     data = load_for(s)
     few = replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
-    for arguments, message in (((few, s), "--n-test"), ((data, s, ["smart"]), "blend"), ((data, s, None, "S"), "S_n")):
+    for arguments, message in (((few, s), "--n-test"), ((data, s, ["static"]), "blend"), ((data, s, None, "S"), "S_n")):
         with pytest.raises(ValueError, match=message):
             table2.defend(*arguments)
     monkeypatch.setattr(table2.dist, "is_initialized", lambda: True)
