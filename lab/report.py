@@ -3,7 +3,7 @@ import shutil
 
 from kit.files import ROOT, replace_file, write_text
 from kit.machine import say
-from lab import tables
+from lab import demo, tables
 from lab.figures import FIGURES, figure_triggers
 
 SHIPPED = ROOT / "results"      # the repository's own, which only publish=True changes
@@ -26,7 +26,7 @@ def report(results, publish=False):
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")
     if publish and results.resolve() != SHIPPED.resolve():
         report(results)         # what cannot be drawn is not copied
-        for path in [*found, *results.glob("*/triggers.npz")]:
+        for path in [*found, *results.glob("*/triggers.npz"), *results.glob("*/demo.json")]:
             with replace_file(SHIPPED / path.relative_to(results)) as part:
                 shutil.copyfile(path, part)
         return report(SHIPPED, publish)
@@ -37,6 +37,8 @@ def report(results, publish=False):
             raise tables.unreadable(path, repr(error)) from None
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
+    for path in results.glob("*/demo.json"):
+        demo.write_page(path, SHIPPED.parent / "docs/index.html" if publish else path.with_suffix(".html"))
     attacks = {path.parent.name: r for path, r in found.items() if path.stem == "attack"}
     defends = {path.parent.name: r for path, r in found.items() if path.stem == "defend"}
     table1 = tables.table1(attacks)
