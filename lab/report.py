@@ -1,7 +1,7 @@
 """What the results say: every table and figure from results/ alone, and what commands print at their end."""
 from kit.files import ROOT
 from kit.machine import say
-from lab import tables
+from lab import demo, tables
 from lab.figures import FIGURES, figure_triggers
 from lab.results import write_text
 
@@ -32,6 +32,8 @@ def report(results, publish=False):
             raise tables.unreadable(path, repr(error)) from None
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
+    for path in results.glob("*/demo.json"):
+        demo.write_page(path, SHIPPED.parent / "docs/index.html" if publish else path.with_suffix(".html"))
     table1 = tables.table1(attacks)
     print(f"\n{tables.as_text(table1)}")
     if publish:
