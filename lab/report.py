@@ -33,7 +33,7 @@ def report(results, publish=False):
     for path in results.glob("*/triggers.npz"):
         figure_triggers(path.parent)
     for path in results.glob("*/demo.json"):
-        demo.write_page(path, SHIPPED.parent / "docs/index.html" if publish else path.with_suffix(".html"))
+        demo.write_page(path, results.parent / "docs/index.html" if publish else path.with_suffix(".html"))
     table1 = tables.table1(attacks)
     print(f"\n{tables.as_text(table1)}")
     if publish:
