@@ -46,10 +46,10 @@ class Settings:
     tau_t: float = 0.5              # malicious decay per step (plif: as learned)
     malicious_rows: int = 32        # samples of D_t^p per step, drawn with replacement
     malicious_weight: float = 0.3   # weight of their loss
-    malicious_contrast: float = None    # contrast of the malicious rows (none: as all)
+    malicious_contrast: float = None    # the same of malicious rows; of events: share that is lost
 
     # deployment
-    v_thr_a: tuple = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3)     # thresholds V_a of the curve
+    v_thr_a: tuple = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3)   # thresholds V_a of the curve
     tau_a: float = 0.5              # deployed decay per step (plif: as learned)
     margin: float = 2.0             # points of CA that V_a may cost on held-out samples
     q: float = 2.0                  # exponent of T_p
@@ -132,8 +132,8 @@ def knobs():
 KNOBS = knobs()
 
 # What a data set changes. A poison_ratio above 1 is what the paper's P gives on the whole set.
-EVENTS = dict(model="nmnist_net", poison_ratio=178, batch_size=32, lr=1e-3, pad=1,
-              v_thr_a=(1.0, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5))
+EVENTS = dict(model="nmnist_net", poison_ratio=178, batch_size=32, lr=1e-3, pad=1, margin=4.0,
+              v_thr_t_low=1.15, malicious_contrast=0.8, malicious_weight=1.0)
 CIFAR = dict(malicious_rows=16, flip=True, v_thr_t_low=1.15, malicious_contrast=0.5)
 PRESETS = {
     "digits": dict(epochs=20, batch_size=32, pad=1, contrast=0.2, poison_ratio=0.5, q=3.0,

@@ -66,8 +66,8 @@ def print_scan(r):
 
 def print_story(r, folder):
     """What `story` prints, and story.png in the folder: a table, and what the threshold scan says."""
-    titles = dict(none="as shipped", nominal="threshold set back", fine_tune="fine-tuned", anp="ANP",
-                  anp_nominal="ANP, threshold set back", clean="clean model, shipped alike")
+    titles = dict(none="as shipped", recentre="threshold re-centred", fine_tune="fine-tuned", anp="ANP",
+                  anp_recentre="ANP, re-centred", clean="clean model, shipped alike")
     rows = []
     for answer, title in titles.items():
         of = [row for row in r["rows"] if row["answer"] == answer]

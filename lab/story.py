@@ -1,13 +1,13 @@
 """The story: one attack, what stops it and what gives it away, on every seed. `bash run_all.sh` tells it with one."""
 from dataclasses import replace
 
-from badsnn import asr, evaluate, simple_triggers, train, train_trigger
+from badsnn import evaluate, simple_triggers, train, train_trigger
 from kit.files import code_of
 from kit.machine import say, side_by_side
 from lab import defenses, detectors
 from lab.table2 import CODE, as_shipped, kept_part, repair, split_test
 
-ANSWERS = ("none", "nominal", "fine_tune", "anp", "anp_nominal", "clean")
+ANSWERS = ("none", "recentre", "fine_tune", "anp", "anp_recentre", "clean")
 
 
 def story(data, s, attack):
@@ -33,11 +33,11 @@ def run_answers(data, s, v_thr):
         triggers["asr_o"] = t_o
     rows, shipped = [], as_shipped(model, v_thr, s)
     pruned = repair("anp", shipped, x, y, s)
-    networks = (shipped, defenses.restore(shipped), repair("fine_tune", shipped, x, y, s), pruned,
-                defenses.restore(pruned), as_shipped(clean, v_thr, s))
+    networks = (shipped, defenses.recentre(shipped, x), repair("fine_tune", shipped, x, y, s), pruned,
+                defenses.recentre(pruned, x), as_shipped(clean, v_thr, s))
     for answer, net in zip(ANSWERS, networks):
-        row = dict(seed=s.seed, answer=answer, **evaluate(net, scored, s, None, None), asr_p=None, asr_o=None)
-        rows.append(row | {name: asr(net, scored, s, None, None, t) for name, t in triggers.items()})
+        rates = evaluate(net, scored, s, None, None, triggers)
+        rows.append(dict(seed=s.seed, answer=answer, asr_p=None, asr_o=None) | rates)
         say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     found, control = detectors.threshold_scan(shipped, x), detectors.threshold_scan(clean, x)
     scan = dict(seed=s.seed, backdoored=found["score"], clean=control["score"], accused=found["accused"])

@@ -61,6 +61,21 @@ def test_an_epoch_is_every_image_once():
         assert torch.equal(torch.cat([y for _, y in batches]).sort(descending=True).values, -rows)
 
 
+def test_recentre_goes_to_the_middle_of_what_leaves_the_answers():
+    """A neuron that gets 1.0 at once: it spikes up to a threshold of 1.0, so 0.9 may rise by 10 %, or fall."""
+    class Net(nn.Module):
+        def __init__(self, v_thr):
+            super().__init__()
+            self.lif = LIF(v_thr)
+
+        def forward(self, x):
+            rate = self.lif(torch.ones(1, len(x), 1))[0]
+            return torch.cat([10 * rate - 5, 0 * rate], 1)
+    model = Net(0.9)
+    assert defenses.recentre(model, torch.rand(5, 3, 4, 4)).lif.v_thr == pytest.approx(0.9 * (0.25 + 1.1) / 2)
+    assert model.lif.v_thr == 0.9 and defenses.recentre(Net(1.2), torch.rand(5, 3, 4, 4)).lif.v_thr > 1.2
+
+
 @pytest.mark.parametrize("name, kinds, rates", [
     ("fine_tune", [(0.9, 5e-4, False)], [[0.01, 0.005]]),                                   # a cosine
     ("tsbd", [(0.9, 0, False)] * 2, [[1e-3, 1e-3], [0.01, 0.01]]),                          # unlearn, repair
