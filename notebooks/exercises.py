@@ -5,9 +5,9 @@
 
 Run these from the repository's folder (with .venv/bin/python after `bash run_all.sh setup`). Every exercise asks for
 something of the paper, or of the notebook of that number, which explains it and has the formula. A function that
-raises NotImplementedError counts as unsolved. Change nothing but this file, and hand in this file. You may import torch,
-math, collections, dataclasses, functools, itertools and typing, and from lif the names LIF and neurons; a file that
-imports anything else, or uses open, eval, getattr and the like, is refused.
+raises NotImplementedError counts as unsolved. Change nothing but this file, and hand in this file. You may import
+torch, math, collections, dataclasses, functools, itertools and typing, and from lif the names LIF and neurons. A file
+that imports anything else, or uses open, eval, getattr and the like, is refused.
 
 Shapes: images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34], labels y are integers [B].
 `model(images)` returns logits [B, K]. v_thr is a neuron's threshold and tau the share of v that is left one step later.
