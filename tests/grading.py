@@ -4,9 +4,9 @@
     python tests/grading.py submissions/ --seed S       every student's NAME.py, or NAME/ with one .py file in it
     python tests/grading.py --task "Ada L." --seed S    a student's own task for the open questions
 
-This process draws the cases and counts the points; students' code never runs in it. Every case is put to a student's
-function in a process of its own, which has limits of time, memory and files, prints to nowhere, and sends back tensors
-and numbers. So a hang, an exit or a change of torch costs its exercise only."""
+This process draws the cases and counts the points; students' code never runs in it. An exercise is put to their
+function in a process of its own, with limits of time, memory and files, which sends back tensors and numbers. So a
+hang, an exit or a change of torch costs its exercise only."""
 import argparse
 import ast
 import contextlib
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from kit.files import fingerprint, write_json  # noqa: E402
 from kit.training import generator  # noqa: E402
 
 MINE = ROOT / "notebooks" / "exercises.py"
-CASES = 20                                              # draws of every check
+CASES = range(1, 21)                                    # the draws of every check
 MEMORY, LONGEST = 1 << 30, 64 << 20                     # bytes: what an answer may need, what it may send
 
 # What a submission may import, and the words with which code would leave its own file.
@@ -76,7 +75,7 @@ def apart(work, limit):
         process = context.Process(target=send, args=(work, there))
         process.start()
         there.close()
-        late = not here.poll(max(limit, 0.1))
+        late = not here.poll(limit)
         try:
             report = None if late else here.recv_bytes(LONGEST)
         except (EOFError, OSError):
@@ -121,15 +120,6 @@ def reported(work):
     return report.getvalue()
 
 
-def put(exercise, function, arguments):
-    """A function's answer to copies of the arguments, which it must leave as they are, networks included."""
-    given = copy.deepcopy(arguments)
-    answer = exercise.drive(function, *given) if exercise.drive else function(*given)
-    if fingerprint(*given) != fingerprint(*arguments):
-        raise Wrong("leave the arguments as they are")
-    return answer
-
-
 @dataclass
 class Exercise:
     draw: callable          # draws the arguments of a case; its name is that of the exercise
@@ -138,32 +128,42 @@ class Exercise:
     parts: dict             # {part of the answer: points}
     drive: callable = None  # calls an answer in another way than once with the arguments
 
-    def case(self, function, run, seed, number):
-        """The parts in which one case shows a mistake: {part: what is said}. function() is a student's function; run
-        (as apart) runs what needs it."""
-        arguments, lost = self.draw(generator(seed, "exercise", self.draw.__name__, number)), {}
+    def answers(self, function, cases):
+        """A function's answers to copies of the arguments, which it must leave as they are, networks included."""
+        answers = []
+        for number, arguments in enumerate(cases, 1):
+            given = copy.deepcopy(arguments)
+            try:
+                answers.append(self.drive(function, *given) if self.drive else function(*given))
+            except Exception as error:
+                raise Wrong(f"case {number}: {type(error).__name__}: {error}") from None
+            if fingerprint(*given) != fingerprint(*arguments):
+                raise Wrong(f"case {number}: leave the arguments as they are")
+        return answers
+
+    def lost(self, function, run, seed, numbers):
+        """The parts in which one of these cases shows a mistake: {part: what is said}. function() is a student's
+        function; run (as apart) runs what needs it."""
+        cases, lost = [self.draw(generator(seed, "exercise", self.draw.__name__, n)) for n in numbers], {}
         try:
-            answer = run(lambda: put(self, function(), arguments))
-            wanted = run(lambda: put(self, self.right, arguments))      # only now, so that it cannot be found
-            answers, wanted = (answer, wanted) if len(self.parts) > 1 else ([answer], [wanted])
-            for part, *pair in zip(self.parts, answers, wanted, strict=True):
-                try:
-                    torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4, check_dtype=False)
-                except AssertionError as error:
-                    lost[part] = f"case {number}, {part}: {' '.join(str(error).split())[:200]}"
+            answers = run(lambda: self.answers(function(), cases))
+            wanted = run(lambda: self.answers(self.right, cases))       # only now, so that it cannot be found
+            for number, *both in zip(numbers, answers, wanted, strict=True):
+                for part, *pair in zip(self.parts, *(both if len(self.parts) > 1 else zip(both)), strict=True):
+                    try:
+                        torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4, check_dtype=False)
+                    except AssertionError as error:
+                        lost.setdefault(part, f"case {number}, {part}: {' '.join(str(error).split())[:200]}")
         except Exception as error:
-            why = error if isinstance(error, Wrong) else f"not the form that was asked for ({error})"
-            lost = dict.fromkeys(self.parts, f"case {number}: {why}")
+            why = str(error) if isinstance(error, Wrong) else f"not the form that was asked for ({error})"
+            lost = dict.fromkeys(self.parts, why)
         return lost
 
     def grade(self, source, refusal, seed, limit):
         """A row of a result: a part counts if no case shows a mistake in it; the first that does is told."""
-        name, number, until = self.draw.__name__, 0, time.monotonic() + limit
-        lost = dict.fromkeys(self.parts, refusal) if refusal else {}
-        while number < CASES and len(lost) < len(self.parts):
-            number += 1
-            lost = self.case(lambda: getattr(loaded(source), name), lambda work: apart(work, until - time.monotonic()),
-                             seed, number) | lost
+        name, lost = self.draw.__name__, dict.fromkeys(self.parts, refusal)
+        if not refusal:
+            lost = self.lost(lambda: getattr(loaded(source), name), lambda work: apart(work, limit), seed, CASES)
         said = "; ".join(dict.fromkeys(lost.values())) + f". See notebook {self.notebook}" if lost else "right"
         return dict(name=name, score=sum(n for part, n in self.parts.items() if part not in lost),
                     max_score=sum(self.parts.values()), output=said, message=said)
@@ -171,7 +171,7 @@ class Exercise:
 
 def grade(path, exercises, seed, limit):
     """The result of a file, or of the only one in a folder, with the keys that Gradescope and GitHub Classroom read.
-    All cases of one exercise together have `limit` seconds."""
+    Each exercise has `limit` seconds."""
     source = refusal = ""
     try:
         files = list(path.glob("*.py")) if path.is_dir() else [path]
@@ -197,7 +197,7 @@ def main(exercises):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="?", type=Path, default=MINE)
     parser.add_argument("--seed", default="0", help="a word that draws the cases and the tasks (default: 0)")
-    parser.add_argument("--limit", type=float, default=10, help="seconds for each exercise (default: 10)")
+    parser.add_argument("--limit", type=float, default=30, help="seconds for each exercise (default: 30)")
     parser.add_argument("--out", type=Path, default=Path("grades"), help="folder of the results (default: grades)")
     parser.add_argument("--task", metavar="NAME", help="print a student's own task, and end")
     options = parser.parse_args()
