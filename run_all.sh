@@ -7,6 +7,7 @@
 #   bash run_all.sh test [options]          the tests; options go to pytest
 #   bash run_all.sh setup                   only the installation
 #   bash run_all.sh notebooks               opens the notebooks in a browser
+#   bash run_all.sh handout [FOLDER]        a folder for students: notebooks without outputs, no tests, no solutions
 set -euo pipefail
 unset PYTHONSAFEPATH            # it hides the files beside badsnn.py from it
 cd "$(dirname "$0")"
@@ -54,6 +55,16 @@ case $command in
         OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:logging -n 2 --dist worksteal tests "$@" ;;
     notebooks)
         exec "$python" -m jupyter lab --LabApp.default_url=/lab/tree/notebooks "$@" ;;
+    handout)
+        folder=${1:-handout}
+        [ ! -e "$folder" ] || fail "$folder is there already: remove it, or name another folder"
+        mkdir -p "$folder/notebooks"
+        cp -r ./*.py kit lab results requirements.txt run_all.sh README.md LICENSE "$folder"
+        cp notebooks/README.md notebooks/exercises.py notebooks/*.ipynb "$folder/notebooks"
+        find "$folder" -name __pycache__ -prune -exec rm -r {} +
+        "$python" -m nbconvert --log-level WARN --clear-output --inplace "$folder"/notebooks/*.ipynb
+        echo "For students: $folder/. The course's page is $folder/notebooks/README.md."
+        exit ;;
     story)
         echo "One attack on digits, and what stops it: minutes on 2 cores."
         "$python" badsnn.py story "$@" ;;

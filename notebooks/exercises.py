@@ -1,12 +1,13 @@
 """The graded exercises of the course: write the functions below, one or two for every notebook.
 
     python -m pytest tests/test_exercises.py -k lif_step        is this one right?
-    python -m pytest tests/test_exercises.py --grade mine.json  all of them, with points
+    python tests/grading.py                                     all of them, with points
 
 Run these from the repository's folder (with .venv/bin/python after `bash run_all.sh setup`). Every exercise asks for
 something of the paper, or of the notebook of that number, which explains it and has the formula. A function that
 raises NotImplementedError counts as unsolved. Change nothing but this file, and hand in this file. You may import
-torch and the standard library, and use `lif.LIF` and `lif.neurons`; of the other modules only what an exercise names.
+torch, math, collections, dataclasses, functools, itertools and typing, and from lif the names LIF and neurons. A file
+that imports anything else, or uses open, eval, getattr and the like, is refused.
 
 Shapes: images are floats [B, C, H, W] in [0, 1], event frames are counts [B, T, 2, 34, 34], labels y are integers [B].
 `model(images)` returns logits [B, K]. v_thr is a neuron's threshold and tau the share of v that is left one step later.
