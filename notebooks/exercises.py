@@ -29,8 +29,7 @@ def lif_step(v, x, v_thr, tau):
 
 
 def sigmoid_surrogate(d):
-    """A third surrogate gradient, beside triangle and arctan: the derivative of sigmoid(4 d), for d = v - v_thr of any
-    shape."""
+    """Another surrogate gradient, beside the triangle: the derivative of sigmoid(4 d), for d = v - v_thr of any shape."""
     raise NotImplementedError
 
 

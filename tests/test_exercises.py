@@ -47,7 +47,7 @@ class Network(nn.Module):
 
 
 def step(v, x, v_thr, tau):
-    return lif.step(v, x, torch.tensor(v_thr), tau, "triangle")[::-1]
+    return lif.step(v, x, torch.tensor(v_thr), tau)[::-1]
 
 
 def lif_step(rng):
