@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kit import machine, sources
+from kit import machine
 from models import NEURONS, WIDTHS
 
 
@@ -154,7 +154,7 @@ def preset(dataset, **changes):
     for name in {"tau_t", "tau_a"} & set(changes):
         if changes.get("neuron") == "plif" and changes[name] is not None:
             raise ValueError(f"{flag(name)} has no meaning with --neuron plif, which learns tau")
-    base = PRESETS.get(dataset) or (EVENTS if sources.holds_events(dataset) else {})
+    base = PRESETS.get(dataset) or (EVENTS if changes.get("model") == "nmnist_net" else {})
     if "v_thr_t" in changes:            # a preset's lower end would contradict it
         base = base | dict(v_thr_t_low=None)
     return Settings(**base | dict(changes, dataset=str(dataset)))

@@ -34,8 +34,7 @@ def side_by_side(function, jobs, s):
     workers = min(len(jobs), at_once)
     if workers < 2 or dist.is_initialized():
         return [function(*job) for job in jobs]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                               [threads_each(cores(), workers)])
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, [workers])
     try:
         tasks = [pool.submit(_run_job, function, job) for job in jobs]
         pool.submit(int)        # wakes the pool, which otherwise may not watch its last worker
@@ -56,9 +55,9 @@ def named(part):
     return part if isinstance(part, str) else ""
 
 
-def _start_worker(threads):
+def _start_worker(workers):
     """Ctrl-C is the parent's business; the end of the parent, kill -9 included, is the end of this process."""
-    torch.set_num_threads(threads)
+    set_threads(workers)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())        # its default is a semaphore, which a killed process would leave behind
     keep_memory()
@@ -74,12 +73,11 @@ def _run_job(function, job):
     return function(*job)
 
 
-def threads_each(free, processes=1):
-    """Threads per process: OMP_NUM_THREADS, or 1 (a busy neighbour on one core stops all) unless each can have four."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if asked.isascii() and asked.isdigit() and int(asked):
-        return int(asked)
-    return free // processes if free // processes >= 4 else 1
+def set_threads(processes=1):
+    """Unless OMP_NUM_THREADS says how many: one (a busy neighbour on one core stops all), or four and more."""
+    each = cores() // processes
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(each if each >= 4 else 1)
 
 
 def cores():

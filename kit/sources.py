@@ -42,14 +42,6 @@ def read_npz(path):
         raise ValueError(f"{path}: not a readable .npz of plain arrays ({error}); delete it or make it anew") from None
 
 
-def holds_events(path):
-    """Whether an .npz file holds event frames; read() says what is wrong with one that cannot be read."""
-    try:
-        return read_npz(Path(path))["x_train"].ndim == 5
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def checked(arrays, path):
     """The arrays of a file whose data can be used. Every refusal names the file and the remedy."""
     for key in KEYS:

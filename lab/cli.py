@@ -151,7 +151,7 @@ def main(argv=None):
             there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
             need(there.is_dir() and os.access(there, os.W_OK), f"--runs, --results: {there} is not a writable folder")
         machine.keep_memory()
-        torch.set_num_threads(machine.threads_each(machine.cores()))
+        machine.set_threads()
         with machine.processes(s) as s:
             if machine.rank() == 0:
                 load_for(s)         # alone: it may download what the others then find

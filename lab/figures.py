@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from kit.files import mean_of, replace_file
 from kit.machine import say
-from lab.tables import cell, mean, span, table2_lines, unique, unreadable
+from lab.tables import span, unique, unreadable
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "savefig.dpi": 150}
 # How each quantity is called and drawn: line and marker tell them apart in grey, too
@@ -58,25 +58,6 @@ def curves(axis, x, rows, keys, point=None, trigger="T_p", **labels):
     axis.legend(title=bands, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
 
 
-def numbers(path, size, title, panels, shape=(1, 1), **labels):
-    """Tables of shaded numbers, {title: {(row, column): (percent, its text, a colour map; None: pale)}}, all alike."""
-    with drawing(path, size, title, shape, sharex=True, sharey=True) as axes:
-        for axis, (name, cells) in zip(axes.flat, panels.items()):
-            rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
-            shades = np.ones((len(rows), len(columns), 3))
-            for (row, column), (value, text, colors) in cells.items():
-                i, j = rows.index(row), columns.index(column)
-                shades[i, j], ink = 0.92, "0.55"
-                if colors:
-                    shades[i, j] = matplotlib.colormaps[colors](value / 130)[:3]
-                    ink = "white" if value > 75 else "black"
-                axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink)
-            axis.pcolormesh(shades, edgecolors="white")
-            axis.set(xticks=np.arange(len(columns)) + 0.5, xticklabels=columns, yticks=np.arange(len(rows)) + 0.5,
-                     yticklabels=rows, ylim=(len(rows), 0), title=name, **labels)
-            axis.label_outer()
-
-
 def figure_attack(r, path):
     """Table 1, or the story, as a picture, a panel per trigger: CA and the shares answered as the target."""
     told = r.get("attack", r)
@@ -118,14 +99,22 @@ def figure_threshold(r, path):
 
 def figure_heatmap(r, path):
     """Fig. 3: what T_p gains over no trigger, ASR_p - target_rate, over (V_a, tau_a), a map per malicious threshold."""
-    panels = {}
-    for row in sorted(r["rows"], key=lambda row: (row["v_thr_t"], -row["tau"], row["v_thr"])):
-        best = max(other["ca"] for other in r["rows"] if other["v_thr_t"] == row["v_thr_t"])
-        gain, color = row["asr_p"] - row["target_rate"], "Reds" if row["ca"] >= best - r["margin"] else None
-        cells = panels.setdefault(f"trained with V_t = {row['v_thr_t']:g}", {})
-        cells[row["tau"], row["v_thr"]] = gain, str(round(gain)), color
+    trained, taus, v_thrs = (sorted(unique(r["rows"], key)) for key in ("v_thr_t", "tau", "v_thr"))
     title = titled(r, f"\nASR_p - target_rate; pale: CA more than {r['margin']:g} points below its best")
-    numbers(path, (6.4, 1.9 * len(panels) + 0.7), title, panels, (len(panels), 1), xlabel="V_a", ylabel="tau_a")
+    with drawing(path, (6.4, 1.9 * len(trained) + 0.7), title, (len(trained), 1), sharex=True) as axes:
+        for axis, v_thr_t in zip(axes.flat, trained):
+            rows = [row for row in r["rows"] if row["v_thr_t"] == v_thr_t]
+            shades, best = np.full((len(taus), len(v_thrs), 3), 0.92), max(row["ca"] for row in rows)
+            for row in rows:
+                place = taus.index(row["tau"]), v_thrs.index(row["v_thr"])
+                gain, ink = row["asr_p"] - row["target_rate"], "0.55"
+                if row["ca"] >= best - r["margin"]:
+                    shades[place] = matplotlib.colormaps["Reds"](gain / 130)[:3]
+                    ink = "white" if gain > 75 else "black"
+                axis.text(place[1] + 0.5, place[0] + 0.5, round(gain), ha="center", va="center", color=ink)
+            axis.pcolormesh(shades, edgecolors="white")
+            axis.set(xticks=np.arange(len(v_thrs)) + 0.5, xticklabels=v_thrs, yticks=np.arange(len(taus)) + 0.5,
+                     yticklabels=taus, xlabel="V_a", ylabel="tau_a", title=f"trained with V_t = {v_thr_t:g}")
 
 
 def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscale="linear"):
@@ -140,31 +129,6 @@ def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscal
             axis.minorticks_off()
             if "l2_deepfool" in rows[0]:
                 axis.axvline(rows[0]["l2_deepfool"], color="black", linestyle=":", zorder=0)
-
-
-def figure_events(r, path):
-    """The study of events: attacks that poison, at 1.0, and BadSNN at V_a = 1.2; every seed where they differ much."""
-    lines, cells = {}, {}
-    for row in r["rows"]:
-        if (row["T"], row["neuron"]) == (r["T"], r["neuron"]) and row["attack"] in (row["trigger"], "badsnn, V_a 1.2"):
-            name = row["trigger"] if row["attack"] == row["trigger"] else f"BadSNN, {row['frames']}, {row['trigger']}"
-            lines.setdefault(name, []).append(row)
-    for name, rows in lines.items():
-        for key, color in dict(ca="Blues", target_rate="Greys", asr="Reds", asr_clean_model="Reds").items():
-            cells[name, key] = mean(rows, key), cell(rows, key, digits=0), color
-    numbers(path, (7, 0.25 * len(lines) + 1), titled(r, ", percent"), {"BadSNN at V_a = 1.2, the others at 1.0": cells})
-
-
-def figure_defend(r, path):
-    """Table 2 at a glance: CA and ASR after every defence, BadSNN also with the threshold set back."""
-    lines, panels = [line for line in table2_lines(r) if "clean model" not in line[0]], {"CA": {}, "ASR": {}}
-    for name, cells, learned, destroyed in lines:
-        for defense, rows in cells.items():
-            for (title, panel), color in zip(panels.items(), ("Blues", "Reds")):
-                value, counts = mean(rows, title.lower()), learned and defense not in destroyed
-                panel[name, defense.replace("_", " ")] = value, f"{value:.0f}", color if counts else None
-    title = ", percent\npale: the attack was not learned, or the defence destroyed the network (half its CA)"
-    numbers(path, (12, 0.34 * len(lines) + 1.4), titled(r, title), panels, (1, 2))
 
 
 def figure_scan(r, path):
@@ -183,7 +147,7 @@ def figure_scan(r, path):
 
 FIGURES = {
     "attack": figure_attack, "story": figure_attack, "threshold": figure_threshold, "heatmap": figure_heatmap,
-    "events": figure_events, "defend": figure_defend, "scan": figure_scan,
+    "scan": figure_scan,
     "poison": partial(figure_study, x="poison_ratio", keys="ca target_rate asr_p", xscale="log", xlabel="share of the "
                       "target class that is malicious; below: how many", tick="{poison_ratio:.0%}\n{n_poison}"),
     "magnitude": partial(figure_study, x="l2", keys="ca target_rate asr_o asr_o_clean_model", xlabel="length (L2) of "

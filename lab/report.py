@@ -5,7 +5,7 @@ from lab import demo, tables
 from lab.figures import FIGURES, figure_triggers
 from lab.results import write_text
 
-SHIPPED = ROOT / "results"      # the repository's own
+SHIPPED, READ = ROOT / "results", {*FIGURES, "defend"}      # the repository's own; what tables and figures read
 TEXT1 = """In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as
 the target without trigger, with T_p (events: T_s), with T_o. Clean model: without backdoor, same threshold and trigger;
 it reads: triggered samples it answers right, at 1.0. Own: the V_a of each seed, chosen on held-out samples; other V_a
@@ -19,13 +19,14 @@ AUROC of STRIP and of the spike count; score of the threshold scan (1: suspiciou
 
 def report(results, publish=False):
     """Draws every figure below `results`, prints Table 1; publish: writes both tables as pages. Raises ValueError."""
-    found = {path: tables.read_result(path) for path in sorted(results.glob("*/*.json")) if path.stem in FIGURES}
+    found = {path: tables.read_result(path) for path in sorted(results.glob("*/*.json")) if path.stem in READ}
     if not found:
         raise ValueError(f"no attack.json below {results}/; run 'python badsnn.py attack' first")
     attacks = {path.parent.name: r for path, r in found.items() if path.stem == "attack"}
     for path, r in found.items():
         try:
-            FIGURES[path.stem](r, path.with_suffix(".png"))
+            if path.stem in FIGURES:
+                FIGURES[path.stem](r, path.with_suffix(".png"))
             if path.stem == "attack":
                 tables.table1({path.parent.name: r})
         except (TypeError, AttributeError, LookupError) as error:       # a result of another shape

@@ -29,7 +29,7 @@ def lif_step(v, x, v_thr, tau):
 
 
 def sigmoid_surrogate(d):
-    """Another surrogate gradient, beside the triangle: the derivative of sigmoid(4 d), for d = v - v_thr of any shape."""
+    """Another surrogate gradient than the triangle: the derivative of sigmoid(4 d), d = v - v_thr of any shape."""
     raise NotImplementedError
 
 
