@@ -48,13 +48,6 @@ def side_by_side(function, jobs, s):
         pool.shutdown(cancel_futures=True)
 
 
-def named(part):
-    """How a part of a job is called in front of what its process prints: a seed or a word."""
-    if hasattr(part, "seed"):
-        return f"seed {part.seed}"
-    return part if isinstance(part, str) else ""
-
-
 def _start_worker(workers):
     """Ctrl-C is the parent's business; the end of the parent, kill -9 included, is the end of this process."""
     set_threads(workers)
@@ -69,7 +62,8 @@ def _start_worker(workers):
 
 
 def _run_job(function, job):
-    _worker["name"] = " ".join(filter(None, map(named, job)))
+    words = [f"seed {part.seed}" if hasattr(part, "seed") else part for part in job]
+    _worker["name"] = " ".join(word for word in words if isinstance(word, str))
     return function(*job)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from kit.sources import need
 from kit.training import generator
-from lab.libraries import get_threshold, neurons_of, scaled
+from lab.libraries import entry, neurons_of, scaled
 from lif import LIF, count_spikes
 from models import frozen
 
@@ -100,7 +100,7 @@ def threshold_scan(model, x):
     """
     found, unknown = neurons_of(model)
     need(found, f"no spiking neuron that is known in this model; unknown modules: {', '.join(unknown)}")
-    v_thr = torch.as_tensor(get_threshold(found[0]), dtype=torch.float32).mean().item()
+    v_thr = torch.as_tensor(getattr(found[0], entry(found[0])[0]), dtype=torch.float32).mean().item()
     check_finite(model, x)
     answers = answers_of(model, x)
     reading, p = reading_of(answers), []

@@ -1,17 +1,15 @@
 """Neurons of this project and of other libraries: where each keeps its threshold, so that a scan can change it.
 
-Known are the neurons of lif.py, SpikingJelly, snnTorch, norse and sinabs, copies of them, and what is derived from
-them. A further library needs one entry in PACKAGES if its neurons keep the threshold in one attribute.
+Known are the neurons of lif.py, SpikingJelly, snnTorch and sinabs, copies of them, and what is derived from them. A
+further library needs one entry in PACKAGES if its neurons keep the threshold in one attribute.
 """
 import contextlib
 
-import torch
 from torch import nn
 
-# package, or module in one -> the attribute of its neurons that is the threshold (norse keeps it in a named tuple p, as
-# v_th), and the method that puts a neuron to rest
+# package, or module in one -> the attribute of its neurons that is the threshold, and the method that puts one to rest
 PACKAGES = {"lif": ("v_thr", None), "spikingjelly": ("v_threshold", "reset"), "snntorch": ("threshold", "reset_mem"),
-            "sinabs": ("spike_threshold", "reset_states"), "norse": ("p", None)}
+            "sinabs": ("spike_threshold", "reset_states")}
 
 
 def neurons_of(model):
@@ -32,16 +30,9 @@ def entry(m):
     """A neuron's entry in PACKAGES; None where m is no neuron that is known."""
     for base in type(m).__mro__:
         for package in PACKAGES.keys() & set(base.__module__.split(".")):
-            name = PACKAGES[package][0]
-            if hasattr(m, name) and (name != "p" or hasattr(m.p, "v_th")):
+            if hasattr(m, PACKAGES[package][0]):
                 return PACKAGES[package]
     return None
-
-
-def get_threshold(m):       # a number or a tensor
-    value = getattr(m, entry(m)[0])
-    value = getattr(value, "v_th", value)       # norse
-    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager
@@ -58,11 +49,9 @@ def scaled(model, factor=1.0):
     hook = model.register_forward_pre_hook(rest)
     try:
         for m, name, old in before:
-            value = get_threshold(m) * factor               # a new one: nothing is changed in place
-            if name == "p":
-                value = old._replace(v_th=torch.as_tensor(value))
-            elif isinstance(old, nn.Parameter):
-                value = nn.Parameter(value, old.requires_grad)
+            value = old * factor                            # a new one: nothing is changed in place
+            if isinstance(old, nn.Parameter):
+                value = nn.Parameter(value.detach(), old.requires_grad)
             setattr(m, name, value)
         yield model
     finally:
