@@ -120,7 +120,7 @@ def figure_heatmap(r, path):
 def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscale="linear"):
     """Figs. 4a, 4b and 6, and T_p's strength: a panel for every value of row[split]. tick: the text below a place."""
     panels = unique(r["rows"], split) if split else [None]
-    title = titled(r, f"\nV_a = {span(unique(r['rows'], 'v_thr'))}")
+    title = titled(r, f"\nV_a = {span(r['rows'], 'v_thr')}")
     with drawing(path, (5.8 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
         for axis, value, name in zip(axes, panels, titles):
             rows = [row for row in r["rows"] if not split or row[split] == value]

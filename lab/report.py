@@ -49,8 +49,6 @@ def print_attack(r):
         f"{tables.cell(r['runs'], 'base_ca')} (Base CA), of the clean model {tables.cell(r['runs'], 'clean_ca')}.")
 
 
-
-
 def print_scan(r):
     """What `scan` prints: how well the detector tells models and who evades it, or a line per model."""
     for row in [] if "summary" in r else r["rows"]:
@@ -66,17 +64,21 @@ def print_scan(r):
 
 
 def print_story(r, folder):
-    """What `story` prints, and story.png in the folder: a table, and what the threshold scan says."""
+    """What `story` prints, and story.png in the folder: a table beside the published ranges, and what the scan says."""
     titles = dict(none="as shipped", recentre="threshold re-centred", fine_tune="fine-tuned", anp="ANP",
                   anp_recentre="ANP, re-centred", clean="clean model, shipped alike")
-    rows = []
+    known, rows = SHIPPED / r["dataset"] / "story.json", []
+    published = tables.read_result(known)["rows"] if known.exists() else []
     for answer, title in titles.items():
-        of = [row for row in r["rows"] if row["answer"] == answer]
-        rows.append([title, *(tables.cell(of, key) for key in ("ca", "target_rate", "asr_p", "asr_o"))])
+        cells = [title]
+        for key in ("ca", "target_rate", "asr_p", "asr_o"):
+            mine, theirs = ([row for row in of if row["answer"] == answer] for of in (r["rows"], published))
+            cells.append(tables.cell(mine, key) + (f" ({tables.span(theirs, key)})" if theirs else ""))
+        rows.append(cells)
     table = tables.markdown("network | right class (CA) | target, no trigger | target, T_p | target, T_o", rows)
     accused = ", ".join(str(one["accused"]) for one in r["scan"])
-    say(f"\n{tables.as_text(table)}\n\nPercent of the test images less the defender's {r['n_defender']}; shipped at "
-        f"threshold {r['attack']['at_chosen']['v_thr']:.2f} instead of 1.0.\nThe target is class {r['target']}; the "
-        f"threshold scan accuses class {accused}. Its score of the backdoored / a clean network: "
-        f"{tables.cell(r['scan'], 'backdoored', 'clean', digits=2)}.")
+    say(f"\n{tables.as_text(table)}\n\nPercent of the test images less the defender's {r['n_defender']}; in brackets: "
+        f"the published range.\nShipped at threshold {r['attack']['at_chosen']['v_thr']:.2f}, not 1.0. "
+        f"The target is class {r['target']}; the threshold scan accuses class {accused}.\nIts score of the "
+        f"backdoored / a clean network: {tables.cell(r['scan'], 'backdoored', 'clean', digits=2)}.")
     FIGURES["story"](r, folder / "story.png")

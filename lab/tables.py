@@ -57,7 +57,8 @@ def cell(rows, *keys, digits=1):
     return " / ".join(texts)
 
 
-def span(values):
+def span(rows, key):
+    values = [row[key] for row in rows if row[key] is not None]
     return " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
 
 
@@ -76,7 +77,7 @@ def table1(found, every=False):
         for at in [own, *zip(*(run["rows"] for run in r["runs"]))]:
             v_thr, title, paper = at[0]["v_thr"], ["", f"{at[0]['v_thr']:g}"], ""
             if at is own:
-                title = [f"**{name}**", f"**own**, {span([row['v_thr'] for row in own])}"]
+                title = [f"**{name}**", f"**own**, {span(own, 'v_thr')}"]
             elif v_thr in theirs:
                 paper = cell([dict(enumerate(theirs[v_thr]))], 0, 1, 2)
             if at is own or every or v_thr in PAPER["v_a"]:
@@ -91,7 +92,7 @@ def table_runs(found):
     rows = []
     for name, r in in_order(found).items():
         paper = cell([dict(enumerate(PAPER["table1"].get(data_set_of(name), [])))], 0, 1)
-        v_thr_t = span([r["v_thr_t"], r["v_thr_t_low"] or r["v_thr_t"]])
+        v_thr_t = " to ".join(f"{v:g}" for v in (r["v_thr_t_low"], r["v_thr_t"]) if v)
         strength = f"q {r['q']:g}" if r["q"] else f"beta {r['beta']:g}"
         read = [cell([run["visible"].get(key, {}) for run in r["runs"]], "read") for key in ("asr_p", "asr_o")]
         rows.append([f"**{name}**", cell(r["runs"], "clean_ca"), cell(r["runs"], "base_ca"), paper, " / ".join(read),
