@@ -1,5 +1,4 @@
-"""The grading, graded: right answers are worth everything; every mistake and every way of cheating costs points, and
-only those of who hands it in."""
+"""The grading, graded: right answers keep their points, mistakes and cheats cost their author's, and only those."""
 import csv
 import json
 import re
@@ -105,7 +104,7 @@ HANDED_IN = dict(       # the points, a word of the reason, the file
     cheats_by_import=("0", "line 1 imports test_grading", "from test_grading import *"),
     cheats_by_pasting=("0", "line 1 imports badsnn.choose", "from badsnn import choose as choose_v_a"),
     cheats_by_a_door=("0", "uses sys", "import torch\nchoose_v_a = torch.sys.modules['badsnn'].choose"),
-    cheats_by_changing_torch=("0", "case 1", "import torch\ntorch.isclose = torch.equal = lambda *a, **k: True"),
+    cheats_by_patch=("0", "fade: case", "import torch.testing as t\nt.assert_close = print\ndef fade(x, *_): return x"),
     cheats_by_editing=("0", "as they are", "def fade(x, t, l2):\n    return t.sub_(x).renorm_(2, 0, l2).add_(x)"),
     cheats_by_writing=("0", "uses open", "open('grades.csv', 'w').write('me,40')"),
     cheats_by_exit=("0", "SystemExit", "raise SystemExit(0)"),
@@ -113,7 +112,7 @@ HANDED_IN = dict(       # the points, a word of the reason, the file
     floods=("0", "in time", "def lif_step(*a):\n    while True:\n        print('x' * 10**6)"),
     grows=("0", "Memory|in time", "rows = []\nwhile True:\n    rows.append(bytearray(10**8))"),
     hangs=("0", "in time", "while True:\n    pass"),
-    sends=("0", "too much|emory", "import torch\ndef lif_step(*a):\n    return torch.zeros(10**7), torch.zeros(1)"),
+    sends=("0", "", "import torch\ndef lif_step(*a):\n    return torch.zeros(10**7), torch.zeros(1)"),
     syntax=("0", "SyntaxError", "def lif_step(:"),
     z_half=("1", "case 1, potentials: .* index .*See notebook 1, From Eq. 1", SOLVED.replace("v * (1 - s)", "v")))
 
