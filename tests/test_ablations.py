@@ -1,12 +1,13 @@
 """The studies: every row is there, no two variants train the same model, and each refuses what it is not for."""
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from common import prepared
 
 import trigger
-from data import load_for
 from lab import ablations, baselines
-from settings import preset
 
 
 @pytest.fixture
@@ -14,17 +15,14 @@ def tiny(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "HEATMAP", dict(v_thr_t=(0.8, 1.5), v_thr_a=(1.0, 1.2), tau_a=(0.4, 0.5)))
     monkeypatch.setattr(ablations, "POISON_RATIOS", (0.1, 0.2))
     monkeypatch.setattr(ablations, "POWERS", (1.0, 4.0))
-    return lambda name="digits", **changes: preset(name, **dict(
-        width=4, T=2, epochs=1, n_train=300, n_test=100, poison_ratio=0.1, malicious_rows=8, q=8.0, processes=1, n_o=40,
-        epochs_o=1, v_thr_a=(1.0, 1.1), device="cpu", data=digits, runs=tmp_path) | changes)
+    return partial(prepared, epochs=1, v_thr_a=(1.0, 1.1), data=digits, runs=tmp_path)
 
 
-def test_studies(tiny, capsys):
+def test_studies(tiny, tmp_path, capsys):
     """On a fresh disk no variant finds a model of another: two processes would train it at once."""
     rows = {}
     for study, n_models in dict(threshold=1, heatmap=2, poison=2, power=2, plif=4).items():
-        s = tiny(runs=tiny().runs / study)
-        result = ablations.ablate(load_for(s), s, study)
+        result = ablations.ablate(*tiny(runs=tmp_path / study), study)
         out, rows[study] = capsys.readouterr().out, result["rows"]
         assert result["study"] == study and out.count(" parameters, ") == n_models and "finished earlier" not in out
     assert len(rows["heatmap"]) == 8 == len({(r["v_thr_t"], r["v_thr"], r["tau"]) for r in rows["heatmap"]})
@@ -41,24 +39,23 @@ def test_studies(tiny, capsys):
 
 def test_magnitude(tiny, monkeypatch):
     """With a T_o of 0.1 everywhere: m scales it; and DeepFool's length is of the images that it moves."""
-    s = tiny()
     monkeypatch.setattr(ablations, "train_trigger", lambda *args: (
         lambda x, magnitude=1.0: (x + 0.1 * magnitude).clamp(0, 1), {}))
     monkeypatch.setattr(trigger, "deepfool", lambda net, x, target: (
         3.0 * torch.eye(len(x), x[0].numel()).view(x.shape) * (torch.arange(len(x)) % 2).view(-1, 1, 1, 1)))
-    rows = ablations.magnitude(load_for(s), s)
+    rows = ablations.magnitude(*tiny())
     assert [row["magnitude"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
     assert rows[0]["asr_o"] == rows[0]["target_rate"] and [rows[i]["linf"] for i in (0, 4, 7)] == [0, 0.1, 0.2]
     assert rows[0]["l2_deepfool"] == rows[0]["l2_deepfool_clean_model"] == 3.0
 
 
 def test_events(tiny, monkeypatch):
-    s = tiny("ndigits", T=4, poison_ratio=5, n_test=50)
+    data, s = tiny("ndigits", T=4, poison_ratio=5, n_test=50)
     assert len(ablations.variants("events", s)) == 3 == len(set(ablations.variants("events", s)))
-    assert len(ablations.variants("events", tiny("ndigits", T=10))) == 2
+    assert len(ablations.variants("events", replace(s, T=10))) == 2
     monkeypatch.setattr(ablations, "variants", lambda study, s: [s])
-    rows = ablations.ablate(load_for(s), s, "events")["rows"]
-    assert [row["attack"] for row in rows[:4]] == list(baselines.EVENT_ATTACKS) and len(rows) == 4 + 3 * 7
+    rows = ablations.ablate(data, s, "events")["rows"]
+    assert [row["attack"] for row in rows[:3]] == list(baselines.EVENT_ATTACKS) and len(rows) == 3 + 3 * 7
     assert all(0 <= row["asr"] + row["silent"] <= 100 for row in rows)
 
 
@@ -70,10 +67,8 @@ def test_the_event_trigger_adds_events():
     assert not torch.equal(added, ablations.event_trigger(frames, 50, seed=2) - frames)
 
 
-@pytest.mark.parametrize("name, study, changes", [
-    ("digits", "events", {}), ("digits", "heatmap", dict(neuron="plif")), ("digits", "plif", dict(neuron="plif"))])
-def test_a_study_refuses_what_it_is_not_made_for(tiny, name, study, changes):
-    s = tiny(name, **changes)
+@pytest.mark.parametrize("study, neuron", [("events", "lif"), ("heatmap", "plif"), ("plif", "plif")])
+def test_a_study_refuses_what_it_is_not_made_for(tiny, tmp_path, study, neuron):
     with pytest.raises(ValueError, match=study):
-        ablations.ablate(load_for(s), s, study)
-    assert not list(s.runs.rglob("*.pt"))
+        ablations.ablate(*tiny(neuron=neuron), study)
+    assert not list(tmp_path.rglob("*.pt"))

@@ -103,21 +103,12 @@ def test_divergence_ends_the_run(digits, tmp_path):
 
 # ----- Metrics
 
-class Answers(torch.nn.Module):
-    """A network that answers f(images)."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.forward = f
-
-
 def test_a_silent_or_broken_network_answers_nothing(tiny):
     """All outputs equal, or no numbers: not class 0, which is the target."""
-    outputs = torch.zeros(5, 10)
+    outputs, broken = torch.zeros(5, 10), torch.nn.Module()
     outputs[0, 4], outputs[1] = 1, torch.nan
-    broken = Answers(lambda x: outputs[:len(x)])
+    broken.forward = lambda x: outputs
     assert badsnn.predict(broken, tiny.data.x_test[:5], tiny.s, 1.0, 0.5).tolist() == [4, -1, -1, -1, -1]
-    assert badsnn.asr(Answers(lambda x: 0 * x[:, 0, 0]), tiny.data, tiny.s, 1.0, 0.5, lambda x: x) == 0
 
 
 def test_metrics_leave_out_the_target_class(tiny, monkeypatch):

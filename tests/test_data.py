@@ -1,5 +1,4 @@
 """Data sets, the .npz format, foreign and damaged files, events, augmentation, held-out and poisoned samples."""
-import contextlib
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -57,11 +56,9 @@ def test_own_npz(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(x_train=X.astype(np.float32)), "must be uint8"), (dict(x_test=X[:6] // 255), "floats in [0, 1]"),
-    (dict(x_train=X.transpose(0, 3, 1, 2)), "must be [N, H, W, 3]"), (dict(x_train=X[:5]), "5 samples"),
-    (dict(x_test=np.full((6, 20, 20, 3), 9, np.uint8)), "differ in shape"),
-    (dict(y_train=np.eye(12, dtype=int)), "whole numbers"), (dict(y_train=Y + 1), "all labels"),
-    (dict(y_train=Y * 0, y_test=Y[:6] * 0), "all labels")])
+    (dict(x_test=X[:6] // 255), "floats in [0, 1]"), (dict(x_train=X.transpose(0, 3, 1, 2)), "must be [N, H, W, 3]"),
+    (dict(x_train=X[:5]), "5 samples"), (dict(x_test=np.full((6, 20, 20, 3), 9, np.uint8)), "differ in shape"),
+    (dict(y_train=np.eye(12, dtype=int)), "whole numbers"), (dict(y_train=Y + 1), "all labels")])
 def test_bad_npz(tmp_path, changes, message):
     text = refusal(write_own(tmp_path / "own.npz", **changes))
     assert text.startswith(f"{tmp_path / 'own.npz'}: ") and message in text
@@ -78,16 +75,15 @@ def test_no_npz_at_all(tmp_path):
 
 def test_an_asr_needs_test_samples_of_another_class(tmp_path):
     """Among the test samples and among those held out of training."""
-    for target, y_train, fits in ((0, Y, True), (1, Y, False), (0, np.array([0] * 10 + [1, 2]), False)):
+    for target, y_train in ((1, Y), (0, np.array([0] * 10 + [1, 2]))):
         path = write_own(tmp_path / "own.npz", y_train=y_train, y_test=np.full(6, 1))
-        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--target"):
+        with pytest.raises(ValueError, match="--target"):
             load_for(preset(path, device="cpu", poison_ratio=0.5, target=target))
 
 
 @pytest.mark.parametrize("name, converter, error, hint", [
     ("cifar10", "image_set", OSError("<urlopen error: unreachable>"), "cifar-10-python.tar.gz"),
-    ("nmnist", "nmnist", zipfile.BadZipFile("no\nzip"), "NMNIST/Train"),
-    ("digits", "digits", ImportError("sklearn"), "requirements.txt")])
+    ("nmnist", "nmnist", zipfile.BadZipFile("no\nzip"), "NMNIST/Train")])
 def test_whatever_a_converter_raises_is_one_line_with_the_remedy(tmp_path, monkeypatch, name, converter, error, hint):
     monkeypatch.setattr(sources, converter, Mock(side_effect=error))
     text = refusal(name, tmp_path)
@@ -125,20 +121,17 @@ def write_recordings(folder, digits, count):
 
 
 def test_part_of_the_nmnist_folder(tmp_path):
-    """Recordings come back as the counts that they hold; a damaged one is named; two per digit do."""
+    """Recordings come back as the counts that they hold; a damaged one is named, what macOS adds is not read."""
     write_recordings(tmp_path / "NMNIST/Train", (0, 1), 8)
     last = write_recordings(tmp_path / "NMNIST/Test", (0, 1), 3)
     whole, bad = last.read_bytes(), last.with_name("10000.bin")
     for content in (b"", whole[:-2], whole[:15], b"<!DOCTYPE html><html>404</html>".ljust(500)):
         bad.write_bytes(content)
         assert f"{bad} is damaged" in refusal("nmnist", tmp_path, 5)
-    bad.unlink()
+    bad.rename(last.with_name("._00000.bin"))
     d = load("nmnist", tmp_path, T=5)
     assert d.events and len(d.x_train) + len(d.x_test) == 22 and d.x_train.shape[1:] == (5, 2, 34, 34)
     assert (d.x_train.flatten(2).sum(2) == 8).all() and "22 of N-MNIST's 70,000" in d.note      # 40 events in 5 steps
-    write_recordings(tmp_path / "b/NMNIST/Test", range(10), 2).with_name("._00000.bin").write_bytes(bytes(4096))
-    d = load("nmnist", tmp_path / "b")
-    assert len(d.x_train) == len(d.x_test) == 10 == len(d.y_train.unique()) == len(d.y_test.unique())
 
 
 def test_framing_counts_by_hand():

@@ -114,30 +114,12 @@ def test_every_batchnorm_of_ours_follows_its_convolution(network, n):
         assert bn == (conv + "_bn" if conv.endswith("shortcut") else conv.replace("conv", "bn"))
 
 
-class PreActivation(nn.Module):
-    """BatchNorms listed in the wrong order, one behind an addition, one with time flattened; a state between calls."""
-    def __init__(self, **options):
-        super().__init__()
-        self.last, self.after_sum, self.first = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8, **options)
-        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        self.state = one = self.conv1(x)
-        two = self.conv2(self.first(one).relu()).view(-1, 1, *one.shape[1:])
-        return self.after_sum(one + self.last(two.flatten(0, 1))).mean((2, 3))
-
-
-def test_clp_of_networks_of_others():
-    """Pairs are what feeds what; what cannot be judged is refused by its name."""
-    model = PreActivation()
-    assert defenses.conv_bn_pairs(model) == [(model.conv1, model.first), (model.conv2, model.last)]
-    assert not hasattr(model, "state") and not hasattr(defenses.clp(model), "state")
-    for options in (dict(affine=False), dict(track_running_stats=False)):
-        for refused in (defenses.clp, lambda m: defenses.anp(m, X, Y)):
-            with pytest.raises(ValueError, match="first"):
-                refused(PreActivation(**options))
+def test_pruning_refuses_what_it_cannot_judge():
+    conv = nn.Conv2d(3, 8, 3)
+    with pytest.raises(ValueError, match="1, BatchNorm2d.*running statistics"):
+        defenses.clp(nn.Sequential(conv, nn.BatchNorm2d(8, affine=False)))
     with pytest.raises(ValueError, match="no BatchNorm"):
-        defenses.clp(nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8)))
+        defenses.clp(nn.Sequential(conv, nn.MaxPool2d(2), nn.BatchNorm2d(8)))
 
 
 def test_anp_masks_and_noise(monkeypatch):

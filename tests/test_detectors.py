@@ -18,23 +18,18 @@ def small(name="resnet19"):
 
 
 class Bright(nn.Module):
-    """Is surer of class 0 the brighter an image is."""
-    def __init__(self, end):
-        super().__init__()
-        self.end = end
-
+    """Is surer of class 0 the brighter an image is; answers with probabilities."""
     def forward(self, x):
-        return self.end(torch.stack([4 * x.mean((1, 2, 3)), torch.full((len(x),), -0.1)], 1))
+        return torch.stack([4 * x.mean((1, 2, 3)), torch.full((len(x),), -0.1)], 1).softmax(1)
 
 
-@pytest.mark.parametrize("end", [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1)], ids=str)
-def test_strip_adds_without_clipping(end):
-    """As in the authors' code; the mean over the overlays of each image, whatever a pass holds and answers are."""
+def test_strip_adds_without_clipping():
+    """As in the authors' code; the mean over the overlays of each image, whatever a pass holds."""
     clean, x = X[:1], X[:30] + torch.arange(30).view(30, 1, 1, 1) / 30
     p = (4 * (x + clean).mean((1, 2, 3)) + 0.1).sigmoid()            # one clean image, so every overlay is this one
     wanted = -(p * p.log() + (1 - p) * (1 - p).log())
     for overlays in (1, 20):
-        assert torch.allclose(detectors.strip(Bright(end), x, clean, overlays), wanted, atol=1e-5)
+        assert torch.allclose(detectors.strip(Bright(), x, clean, overlays), wanted, atol=1e-5)
 
 
 class Tempted(nn.Module):
@@ -64,19 +59,16 @@ def test_threshold_scan():
     assert (model.lif.v_thr, model.lif.tau) == (1.05, 0.4) and model.training   # left as it was
 
 
-ENDS = {"logits": lambda z: z - 0.5, "softmax": lambda z: z.softmax(1), "log": lambda z: z.log_softmax(1),
-        "softmax, half": lambda z: z.half().softmax(1),
+ENDS = {"logits": lambda z: z - 0.5, "probabilities": lambda z: z.half().softmax(1),
         "rates": lambda z: z.clamp(0, 10) / 10, "rates below a half": lambda z: z.clamp(0, 10) / 40,
-        "counts": lambda z: (5 * z.clamp(0, 10)).long(),
-        "sigmoid": lambda z: (z - 5).sigmoid()}
+        "rates as counts": lambda z: (5 * z.clamp(0, 10)).long()}
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_answers_of_every_form_score_alike(end):
     backdoored, clean = (detectors.threshold_scan(Tempted(ENDS[end], tempted), FEW) for tempted in (10, 0))
     assert backdoored["score"] > 0.95 and backdoored["accused"] == 2 and clean["score"] < 0.6
-    assert backdoored["reading"] == ("logits" if end in ("logits", "log") else
-                                     "probabilities" if "softmax" in end else "rates")
+    assert backdoored["reading"] == end.split()[0]
 
 
 def test_event_networks_answer_in_rates():
@@ -95,14 +87,12 @@ def test_other_answers_are_refused():
 
 def test_nothing_is_said_of_nan():
     """A neuron of another library turns a NaN into "no spike", and everything behind it looks healthy."""
-    def scan(model, x, clean):
-        return detectors.threshold_scan(model, x)
-    for detect in (detectors.strip, detectors.spike_deviation, scan):
-        for where in ("conv.weight", "stages.0.0.bn1.running_var", "images"):
-            model, x = small(), X[:3].clone()
-            (x if where == "images" else model.state_dict()[where])[0] = torch.nan
+    for where in ("conv.weight", "stages.0.0.bn1.running_var", "images"):
+        model, x = small(), X[:3].clone()
+        (x if where == "images" else model.state_dict()[where])[0] = torch.nan
+        for detect, *clean in ((detectors.strip, x), (detectors.spike_deviation, x), (detectors.threshold_scan,)):
             with pytest.raises(ValueError, match=f"NaN.*{where}"):
-                detect(model, x, x)
+                detect(model, x, *clean)
 
 
 def test_scan_score_by_hand():

@@ -80,27 +80,25 @@ def test_scan_from_training_to_summary(workplace, monkeypatch):
 # ----- A network of one's own. It reads the brightest of three channels; `tempted` makes it sure of class 2 beyond V_a.
 
 MINE = """
-import argparse, sys, torch
+import argparse, torch
 from torch import nn
 from lif import LIF                                         # ours, as there is no other
 argparse.ArgumentParser().parse_args()                      # sees no option of ours
 
 class Net(nn.Module):
-    def __init__(self, end=nn.Identity(), late=False):
+    def __init__(self, end=nn.Identity()):
         super().__init__()
-        self.head, self.lif, self.end, self.late = nn.Linear(3, 3), LIF(1.1), end, late
+        self.head, self.lif, self.end = nn.Linear(3, 3), LIF(1.1), end
         self.register_buffer("tempted", torch.tensor(0.0))
         self.register_buffer("membrane", torch.zeros(0))
     def forward(self, x):
-        if self.late:
-            from models import theirs                       # theirs also while it is called
         return self.end(self.head(x.mean((2, 3))) - 1 + self.tempted * (self.lif.v_thr - 1) * torch.eye(3)[2].to(x))
 
 def build(): return Net()
-def softmax(): return Net(nn.Softmax(1))
-def late(): return Net(late=True)
 def steps(): return Net(nn.Unflatten(0, (1, -1)))
-def stops(): sys.exit()
+def with_theirs():
+    from models import theirs
+    return Net()
 """
 
 
@@ -122,23 +120,19 @@ def mine(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("build", ["build", "softmax"])
-def test_a_network_of_ones_own(mine, build, capsys):
+def test_a_network_of_ones_own(mine, capsys):
     modules, path, argv = {**sys.modules}, sys.path[:], sys.argv
-    found, clean = mine(build=build), mine(0.0, build=build)
+    found, clean = mine(), mine(0.0)
     assert found["suspicious"] and found["accused"] == 2 and found["score"] > 0.95 and found["ca"] == 100
     assert clean["suspicious"] is False and clean["score"] < 0.5
     assert "SUSPICIOUS" in capsys.readouterr().out and (path, argv) == (sys.path, sys.argv)
     assert all(sys.modules[name] is modules[name] for name in ("models", "lif", "badsnn", "kit.files", "lab.own"))
 
 
-WRAPS = {"DataParallel": lambda s: {f"module.{k}": v for k, v in s.items()},
-         "both": lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "acc": 90.0, "epoch": 3},
-         "half": lambda s: {"model": {k: v.half() for k, v in s.items()}, "optimizer": {"state": {}}}}
-
-
 def test_checkpoints_of_daily_life(mine):
-    for wrap in WRAPS.values():
+    """Of a compiled DataParallel, with more than the weights in it, and of half precision."""
+    for wrap in (lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "epoch": 3},
+                 lambda s: {"model": {k: v.half() for k, v in s.items()}, "optimizer": {"state": {}}}):
         assert mine(wrap=wrap)["score"] == pytest.approx(mine()["score"], abs=1e-3)
 
 
@@ -164,23 +158,19 @@ def test_no_verdict_where_it_would_mean_nothing(mine, capsys):
 
 def test_their_modules_win(mine):
     Path("models.py").write_text("theirs = 1")
-    assert mine(build="late")["suspicious"] and not hasattr(sys.modules["models"], "theirs")
+    assert mine(build="with_theirs")["suspicious"] and not hasattr(sys.modules["models"], "theirs")
 
 
 BAD = [(dict(build=""), "together"), (dict(build="absent"), "absent"), (dict(build="steps"), r"logits \[N, K\]"),
-       (dict(build="stops"), "SystemExit"), (dict(gain=torch.nan), "NaN.*head.weight"),
-       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="nan.npz"), "NaN"),
-       (dict(images="labels.npz"), "3 labels"), (dict(wrap=lambda s: [s]), "not a state_dict"),
-       (dict(wrap=lambda s: Path()), "not a file of tensors"),
-       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items()}), "Missing key.*head.weight.*head.bias"),
-       (dict(gain=torch.ones(5, 1, 1)), "size mismatch for head.weight.*5, 3, 3.*3, 3")]
+       (dict(images="large.npz"), r"\[0, 1\].*normalises"), (dict(images="labels.npz"), "3 labels"),
+       (dict(wrap=lambda s: [s]), "not a state_dict"), (dict(wrap=lambda s: Path()), "not a file of tensors"),
+       (dict(wrap=lambda s: {f"x.{k}": v for k, v in s.items()}), "Missing key.*head.weight.*head.bias")]
 
 
 @pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
 def test_bad_networks_are_refused_in_one_line(mine, changes, message):
     x = np.zeros((3, 4, 4, 3), np.uint8) + np.arange(3, dtype=np.uint8) * 99
-    for name, images in dict(large=x * 1.0, nan=x * np.nan).items():
-        np.savez(f"{name}.npz", x_test=images)
+    np.savez("large.npz", x_test=x * 1.0)
     np.savez("labels.npz", x_test=np.repeat(x, 2, 0), y_test=np.zeros(3, int))
     with pytest.raises(ValueError, match=message) as error:
         mine(**changes)

