@@ -61,6 +61,24 @@ def test_an_epoch_is_every_image_once():
         assert torch.equal(torch.cat([y for _, y in batches]).sort(descending=True).values, -rows)
 
 
+class PreActivation(nn.Module):
+    """BatchNorms listed in the wrong order, one behind an addition, one behind a view."""
+    def __init__(self):
+        super().__init__()
+        self.last, self.after_sum, self.first = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        one = self.conv1(x)
+        two = self.conv2(self.first(one).relu()).view(-1, 1, *one.shape[1:])
+        return self.after_sum(one + self.last(two.flatten(0, 1))).mean((2, 3))
+
+
+def test_clp_pairs_what_feeds_what():
+    model = PreActivation()
+    assert defenses.conv_bn_pairs(model) == [(model.conv1, model.first), (model.conv2, model.last)]
+
+
 def test_recentre_goes_to_the_middle_of_what_leaves_the_answers():
     """A neuron that gets 1.0 at once: it spikes up to a threshold of 1.0, so 0.9 may rise by 10 %, or fall."""
     class Net(nn.Module):
