@@ -122,16 +122,17 @@ def run(options, data, s):
 
 
 def write_triggers(data, s, v_thr):
-    """Fig. 5: test images of up to eight classes, clean and under both triggers of the first seed."""
-    t_o = badsnn.train_trigger(badsnn.train(data, s, "badsnn"), data, s, v_thr)[0]
-    path = folder_of(data, s) / "triggers.npz"
+    """Fig. 5: test images of up to eight classes, clean and under both triggers of the first seed, and its answers."""
+    model, path, arrays = badsnn.train(data, s, "badsnn"), folder_of(data, s) / "triggers.npz", {}
+    t_o = badsnn.train_trigger(model, data, s, v_thr)[0]
     if t_o is None:
         path.unlink(missing_ok=True)        # an earlier run's
         return
     classes = data.y_test[data.y_test != s.target].unique()[:8]
-    x = to_float(torch.stack([data.x_test[data.y_test == k][0] for k in classes]).to(s.device), s)
-    shown = dict(clean=x, t_p=badsnn.simple_triggers(data, s)["asr_p"](x), t_o=t_o(x))
-    arrays = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in shown.items()}
+    stored = torch.stack([data.x_test[data.y_test == k][0] for k in classes])
+    for name, t in dict(clean=lambda x: x, t_p=badsnn.simple_triggers(data, s)["asr_p"], t_o=t_o).items():
+        arrays[name] = to_uint8(t(to_float(stored.to(s.device), s))).permute(0, 2, 3, 1).cpu().numpy()
+        arrays[f"answers_{name}"] = badsnn.predict(model, stored, s, v_thr, s.tau_a, t).numpy()
     with replace_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, **arrays)
 

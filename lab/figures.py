@@ -71,21 +71,22 @@ def figure_attack(r, path):
 
 
 def figure_triggers(folder):
-    """Fig. 5: clean test images, both triggers, and what T_o changes."""
+    """Fig. 5: clean test images, both triggers, and what T_o changes; below an image the network's answer, if known."""
     try:
         with np.load(folder / "triggers.npz", allow_pickle=False) as file:
             shown = {name: file[name].astype(np.float32) / 255 for name in ("clean", "t_p", "t_o")}
+            answers = {name: file[f"answers_{name}"] for name in shown if f"answers_{name}" in file.files}
     except Exception as error:      # np.load has many
         raise unreadable(folder / "triggers.npz", error) from None
     shown["t_o - clean"] = change = (shown["t_o"] - shown["clean"]).mean(-1)
     most, n = abs(change).max(), len(change)
-    title = f"last row: blue is darker, red brighter, by up to {most:.2f}"
+    title = f"below: the network's answer, where known; last row: blue is darker, red brighter, by up to {most:.2f}"
     with drawing(folder / "triggers.png", (0.95 * n + 1, 4.4), title, (4, n)) as axes:
         for line, (name, images) in zip(axes, shown.items()):
             line[0].set_ylabel(name.replace("t_", "T_"), rotation=0, ha="right", va="center")
-            for axis, image in zip(line, images):
+            for axis, image, answer in zip(line, images, answers.get(name, [""] * n)):
                 axis.imshow(image, cmap="RdBu_r", vmin=-most, vmax=most)
-                axis.set(xticks=[], yticks=[], frame_on=False)
+                axis.set(xticks=[], yticks=[], frame_on=False, xlabel=answer)
 
 
 def figure_threshold(r, path):
