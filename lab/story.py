@@ -6,14 +6,16 @@ from kit.files import code_of
 from kit.machine import say, side_by_side
 from lab import defenses, detectors
 from lab.table2 import CODE, as_shipped, kept_part, repair, split_test
+from lif import LIF
 
 ANSWERS = ("none", "recentre", "fine_tune", "anp", "anp_recentre", "clean")
 
 
 def story(data, s, attack):
     """Of an attack (the result of badsnn.attack) for every seed the answers of a defender who holds a few test images.
-    rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS; "clean", the control, is a clean model
-    shipped alike. scan: what the threshold scan says of the shipped model, and of the clean one as it is."""
+    rows: {seed, answer, ca, target_rate, asr_p, asr_o}, answer one of ANSWERS. anp_recentre: pruned, then at the
+    thresholds that re-centring found before; clean, the control: a clean model shipped alike. scan: what the threshold
+    scan says of the shipped model, and of the clean one as it is."""
     code = [CODE, code_of("lab/story.py")]
     jobs = [(replace(s, seed=run["seed"]), "story/answers", code, run_answers, dict(v_thr=run["at_chosen"]["v_thr"]))
             for run in attack["runs"]]
@@ -32,9 +34,10 @@ def run_answers(data, s, v_thr):
     if t_o:
         triggers["asr_o"] = t_o
     rows, shipped = [], as_shipped(model, v_thr, s)
-    pruned = repair("anp", shipped, x, y, s)
-    networks = (shipped, defenses.recentre(shipped, x), repair("fine_tune", shipped, x, y, s), pruned,
-                defenses.recentre(pruned, x), as_shipped(clean, v_thr, s))
+    pruned, centred = repair("anp", shipped, x, y, s), defenses.recentre(shipped, x)
+    middle = next(m.v_thr for m in centred.modules() if isinstance(m, LIF))
+    networks = (shipped, centred, repair("fine_tune", shipped, x, y, s), pruned, as_shipped(pruned, middle, s),
+                as_shipped(clean, v_thr, s))
     for answer, net in zip(ANSWERS, networks):
         rates = evaluate(net, scored, s, None, None, triggers)
         rows.append(dict(seed=s.seed, answer=answer, asr_p=None, asr_o=None) | rates)
