@@ -44,11 +44,14 @@ def mean(rows, key):
 
 
 def cell(rows, *keys, digits=1):
-    """Quantities of a row per seed as "a / b": mean ± deviation, or every seed where that is as large; "-": none."""
+    """Quantities of a row per seed as "a / b": mean ± deviation, or every seed where that is as large (of more than 5
+    median and range); "-": none."""
     texts = []
     for key in keys:
         known = [row[key] for row in rows if row.get(key) is not None]
         text = ", ".join(f"{value:.{digits}f}" for value in known) or "-"
+        if len(known) > 5:
+            text = "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(np.median(known), min(known), max(known), d=digits)
         if len(known) > 1 and (np.std(known, ddof=1) < np.mean(known) or not any(known)):
             text = f"{np.mean(known):.{digits}f} ± {np.std(known, ddof=1):.{digits}f}"
         if 0 < len(known) < len(rows):

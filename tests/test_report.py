@@ -36,6 +36,8 @@ def holds(text, values):
     if "±" in text:
         mean, spread = map(float, text.split("±"))
         return (mean, spread) == pytest.approx((np.mean(values), np.std(values, ddof=1)), abs=0.051)
+    if text.endswith(")"):
+        return text == f"{np.median(values):.1f} ({min(values):.1f} to {max(values):.1f})" and len(values) > 5
     return text == ("-" if values == [None] * len(values) else ", ".join(f"{value:.1f}" for value in values))
 
 
