@@ -30,7 +30,7 @@ def restore(model):
         return copy.deepcopy(model)
 
 
-def recentre(model, x, keep=0.95):
+def recentre(model, x, keep=0.9):
     """Moves all thresholds to the middle of the range in which the answers to a few images x [N, C, H, W], without
     labels, stay what they are as shipped: up and down from there in steps of 5 %, as long as `keep` of them do. Who
     ships close to where the network breaks, as BadSNN must, is moved away from there; a change of unit hides nothing
