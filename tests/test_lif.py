@@ -47,7 +47,7 @@ def test_spikes_and_gradients_are_spikingjellys():
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 
     def triangle(d):
-        return Spike.apply(d, "triangle")
+        return Spike.apply(d)
     theirs = neuron.LIFNode(tau=2.0, decay_input=False, v_reset=0.0, surrogate_function=triangle, step_mode="m")
     x = 2 * normal(8, 3, 4, 5, 5)
     for ours, other in zip(spikes_and_gradient(LIF(), x), spikes_and_gradient(theirs, x)):
