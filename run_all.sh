@@ -59,7 +59,7 @@ case $command in
         folder=${1:-handout}
         [ ! -e "$folder" ] || fail "$folder is there already: remove it, or name another folder"
         mkdir -p "$folder/notebooks"
-        cp -r ./*.py kit lab results requirements.txt run_all.sh README.md LICENSE "$folder"
+        cp -r ./*.py kit lab results docs requirements.txt run_all.sh README.md LICENSE "$folder"
         cp notebooks/README.md notebooks/exercises.py notebooks/*.ipynb "$folder/notebooks"
         find "$folder" -name __pycache__ -prune -exec rm -r {} +
         "$python" -m nbconvert --log-level WARN --clear-output --inplace "$folder"/notebooks/*.ipynb
