@@ -76,7 +76,7 @@ class TrainingLog:
         resumed run is the run that was never interrupted."""
         say("    epoch  T    loss    acc mal_acc     CA target_rate    sec     ETA")
         for epoch in range(len(self.history), self.s.epochs):
-            self.totals, self.started = torch.zeros(5), time.time()
+            self.totals, self.seen, self.started = torch.zeros(4, device=self.s.device), 0, time.time()
             torch.manual_seed(generator(self.s.seed, "dropout", epoch, rank()).initial_seed())
             shuffle = generator(self.s.seed, "shuffle", epoch)
             local = generator(self.s.seed, "augmentation", epoch, rank())
@@ -91,11 +91,12 @@ class TrainingLog:
         """Adds up a batch. right, marked: bool [B], the rows answered right, and those that carry the attack: so do
         all beyond the first n, the nominal ones. acc is of these n rows, mal_acc of the marked ones."""
         marked[n:] = True
-        self.totals += torch.tensor([loss.item() * n, n, right[:n].sum(), marked.sum(), right[marked].sum()])
+        self.seen += n          # the rest is added up where it is: no step waits for a GPU
+        self.totals += torch.stack([loss.detach() * n, right[:n].sum(), marked.sum(), (right & marked).sum()])
 
     def end_epoch(self, ca, target_rate, chance):
         """Prints the epoch's line and writes the checkpoint; all in percent. ValueError if the training diverged."""
-        loss, seen, right, n_marked, right_marked = self.totals.tolist()
+        (loss, right, n_marked, right_marked), seen = self.totals.tolist(), self.seen
         epoch, T, seconds = len(self.history) + 1, self.parts["model"].T, time.time() - self.started
         if not all((p.detach().abs() < 1e6).all() for p in (self.totals / seen, *self.parts["model"].parameters())):
             raise ValueError(f"training diverged in epoch {epoch}: huge weights or NaN; lower --lr ({self.s.lr:g})")

@@ -154,11 +154,9 @@ def main(argv=None):
         machine.keep_memory()
         machine.set_threads()
         with machine.processes(s) as s:
-            if machine.rank() == 0:
-                load_for(s)         # alone: it may download what the others then find
+            data = load_for(s) if machine.rank() == 0 else None         # alone: it may download
             machine.wait_for_all()
-            data = load_for(s)
-            run(options, data, s)
+            run(options, data or load_for(s), s)
     except BrokenPipeError:         # `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

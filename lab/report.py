@@ -12,9 +12,10 @@ it reads: triggered samples it answers right, at 1.0. Own: the V_a of each seed,
 and the last column, CA / ASR_p / ASR_o: the paper's. Mean ± standard deviation over seeds, or every seed where that is
 as large as the mean; of more than 5 median and range."""
 TEXT2 = """CA / ASR / target_rate ([Table 1](table1.md)) after each defence, at the threshold behind an attack's name.
-Brackets: the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence. Set back:
-to 1.0 after the defence. Clean model: without backdoor, but shipped and repaired alike. Last column, without a defence:
-AUROC of STRIP and of the spike count; score of the threshold scan (1: suspicious); does it accuse the target (1)?"""
+Brackets: the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence.
+Set back: to 1.0 after the defence. Clean model: without backdoor, but shipped and repaired alike. Last column,
+without a defence: AUROC of STRIP and of the spike count; score of the threshold scan (1: suspicious); does it
+accuse the target (1)?"""
 
 
 def report(results, publish=False):
