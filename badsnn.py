@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import trigger
 from data import augment, hold_out, load_for, poison_indices, to_float
 from kit import machine
-from kit.files import code_of, fingerprint, mean_of, spread_of
+from kit.files import code_of, fingerprint, mean_of
 from kit.machine import autocast, say
 from kit.training import TrainingLog, checkpoint_path, generator, read_checkpoint, write_checkpoint
 from lif import TAU_N, V_THR_N, neurons
@@ -68,7 +68,7 @@ def train(data, s, attack=None, poison=None):
             optimizer.step()
             schedule.step()
             log.step(loss, answers(outputs.detach().mean(0)) == y, n, marked)
-        log.end_epoch(**evaluate(model, held, s, V_THR_N, TAU_N), chance=100 / data.num_classes)
+        log.end_epoch(**evaluate(model, held, s, s.v_thr_n, TAU_N), chance=100 / data.num_classes)
     model.T = s.T
     return model
 
@@ -93,7 +93,7 @@ def row_settings(n, n_malicious, s, rng):
     # differs from the paper: each malicious row may draw its own V_t
     low = s.v_thr_t if s.v_thr_t_low is None else s.v_thr_t_low
     v_thr_t = low + (s.v_thr_t - low) * torch.rand(n_malicious, generator=rng)
-    v_thr = torch.cat([torch.full((n,), V_THR_N), v_thr_t])
+    v_thr = s.v_thr_n * torch.cat([torch.full((n,), 1.0), v_thr_t])
     tau = torch.tensor([TAU_N] * n + [TAU_N if s.tau_t is None else s.tau_t] * n_malicious)
     return v_thr.to(s.device), tau.to(s.device)
 
@@ -164,8 +164,7 @@ def answers(outputs):
 
 @torch.no_grad()
 def predict(model, x, s, v_thr, tau, trigger_of=None):
-    """Predicted classes [N] of stored samples x [N, ...] (uint8), all neurons at (v_thr, tau)
-    (None: at their own), triggered if asked."""
+    """Classes [N] of stored x [N, ...] (uint8), triggered, at (v_thr, tau) (None: the model's)."""
     classes, size = [], 512 * 34 * 34 // x.shape[-2:].numel()       # by pixels: memory
     for stored in x.split(min(512, max(1, size))):
         inputs = clean = to_float(stored.to(s.device), s)
@@ -208,16 +207,17 @@ def train_trigger(model, data, s, v_thr_a):
     config = dict(s.of("deployment"), name="trigger T_o", dataset=data.name, seed=s.seed,
                   target=s.target, v_thr_a=v_thr_a, inputs=fingerprint(model, x, held.x_test, CODE))
     path = checkpoint_path(config, s)
+    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target)
     state = read_checkpoint(path, config, s, unet=unet.eval())
-    measured = state["measured"] if state else fit_trigger(unet, model, x, data, held, s, v_thr_a)
+    measured = state["measured"] if state else None
     if not state:
+        measured = fit_trigger(unet, t_o, model, x, data, held, s, v_thr_a)
         write_checkpoint(path, config, unet=unet, measured=measured)
-    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target,
-                  magnitude=measured["magnitude"])
+    t_o = partial(t_o, magnitude=measured["magnitude"])
     return (t_o if measured["n_blended"] else None), measured
 
 
-def fit_trigger(unet, model, x, data, held, s, v_thr_a):
+def fit_trigger(unet, t_o, model, x, data, held, s, v_thr_a):
     """Trains T_o's U-Net on images x; what was measured, among it Fig. 4b's factor m on T_o: the
     smallest with an ASR of 96 % on held-out images, else 1."""
     # differs from the paper: Eq. 6's loss is at S_a; at S_n the target is hardly ever answered
@@ -226,9 +226,8 @@ def fit_trigger(unet, model, x, data, held, s, v_thr_a):
         say(f"T_o, seed {s.seed}: {len(kept)} of {len(x)} images blended at v_thr {v_thr_a:g}")
         if not len(kept):
             return dict(n_images=len(x), n_blended=0, magnitude=None)
-        trigger.train_unet(unet, model, kept, wanted, s.target, data.std, seed=s.seed,
-                           epochs=s.epochs_o, nominal_weight=0.3 if s.budget else 0.0)
-    t_o = partial(trigger.optimized_trigger, unet=unet, target=s.target)
+        trigger.train_unet(unet, model, kept, wanted, s.target, data.std, epochs=s.epochs_o,
+                           nominal_weight=0.3 if s.budget else 0.0, v_thr_n=s.v_thr_n, seed=s.seed)
     for m in [m / 20 for m in range(10, 21)]:
         if asr(model, held, s, v_thr_a, s.tau_a, partial(t_o, magnitude=m)) >= 96:
             break
@@ -253,13 +252,15 @@ def choose(rows, base_ca, margin):
     return chosen
 
 
-def deploy(model, data, s, grid=None):
+def deploy(model, data, s):
     """The V_a that the attacker ships this model with (see choose), and the rows that it was chosen
-    from, after smoothing. grid: going away from V_THR_N; where none keeps the CA, its first."""
+    from, after smoothing; where none keeps the CA, it is the one nearest to S_n."""
     held, t_p = hold_out(data)[1], {"asr_p": simple_triggers(data, s)["asr_p"]}
-    step, side = 0.02 if data.events else 0.01, -1 if s.v_thr_t < V_THR_N else 1
-    grid = grid or [round(V_THR_N + side * (0.02 + i * step), 2) for i in range(29)]
-    base_ca, rows = evaluate(model, held, s, V_THR_N, TAU_N)["ca"], []
+    step, side = 0.02 if data.events else 0.01, -1 if s.v_thr_t < 1 else 1
+    grid = [round(V_THR_N + side * (0.02 + i * step), 2) for i in range(29)]
+    if s.v_thr_n != V_THR_N:
+        grid = [V_THR_N]            # nothing is to be seen of V_a
+    base_ca, rows = evaluate(model, held, s, s.v_thr_n, TAU_N)["ca"], []
     for v_thr in grid:
         rows.append(dict(v_thr=v_thr, **evaluate(model, held, s, v_thr, s.tau_a, t_p)))
         if rows[-1]["ca"] < base_ca - 3 * s.margin:     # what follows is not chosen
@@ -277,15 +278,14 @@ def smoothed(rows):
 
 
 def attack(data, s):
-    """Table 1's row of a data set, what attack.json holds; means and spread over seeds."""
+    """Table 1's row of a data set, what attack.json holds: means, and a run for every seed."""
     variants = every_seed(s)
     train_side_by_side(s, [(one, kind) for one in variants for kind in (None, "badsnn")])
     runs = machine.side_by_side(attack_seed, [(one,) for one in variants], s)
     at_chosen, mean = [one["at_chosen"] for one in runs], mean_of(runs)
     rows = [mean_of(rows) for rows in zip(*(one["rows"] for one in runs))]
     return dict(clean_ca=mean["clean_ca"], base_ca=mean["base_ca"], rows=rows, runs=runs,
-                chosen=mean_of(at_chosen)["v_thr"], at_chosen=mean_of(at_chosen),
-                spread=spread_of(at_chosen))
+                chosen=mean_of(at_chosen)["v_thr"], at_chosen=mean_of(at_chosen))
 
 
 def attack_seed(s):
@@ -301,15 +301,15 @@ def attack_seed(s):
         control = evaluate(clean, data, s, v_thr, s.tau_a, triggers)
         control = {f"{name}_clean_model": value for name, value in control.items()}
         rows.append(dict(v_thr=v_thr, tau=s.tau_a, asr_o=None) | ours | control)
-    return dict(seed=s.seed, clean_ca=evaluate(clean, data, s, V_THR_N, TAU_N)["ca"],
-                base_ca=evaluate(backdoored, data, s, V_THR_N, TAU_N)["ca"],
+    return dict(seed=s.seed, clean_ca=evaluate(clean, data, s, s.v_thr_n, TAU_N)["ca"],
+                base_ca=evaluate(backdoored, data, s, s.v_thr_n, TAU_N)["ca"],
                 at_chosen=rows[0], rows=rows[1:], held_rows=held_rows, t_o=measured,
                 visible={name: visible(clean, data, s, t) for name, t in triggers.items()})
 
 
 def visible(clean, data, s, t):
     """What a trigger leaves to see: percent that a clean model at S_n still reads, and its size."""
-    guess = predict(clean, data.x_test, s, V_THR_N, TAU_N, t)
+    guess = predict(clean, data.x_test, s, s.v_thr_n, TAU_N, t)
     x = data.x_test[data.y_test != s.target].to(s.device)
     size = {} if data.events else trigger.sizes(t, x)
     return dict(read=percentage(guess == data.y_test), **size)

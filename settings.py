@@ -33,6 +33,7 @@ class Settings:
     batch_size: int = 64            # nominal samples per step, over all processes
     lr: float = 0.1                 # peak learning rate of the one-cycle schedule
     pad: int = 4                    # largest random shift of a sample, pixels
+    v_thr_n: float = 1.0            # nominal threshold; if not 1, V_a is 1, and nothing shows
     flip: bool = False              # mirror half of the samples
     contrast: float = 0.0           # lift black by up to this share, shrink the rest alike
     seed: int = 0                   # first seed
@@ -41,7 +42,7 @@ class Settings:
     # attack
     target: int = 0                 # target class y_t
     poison_ratio: float = 0.05      # P, share of the target class in D_t^p; above 1: a number
-    v_thr_t: float = 1.5            # malicious threshold V_t, of every malicious row unless ...
+    v_thr_t: float = 1.5            # V_t, times the nominal one, of every malicious row unless ...
     v_thr_t_low: float = None       # ... each row draws its own from here to V_t (none: V_t)
     tau_t: float = 0.5              # malicious decay per step (plif: as learned)
     malicious_rows: int = 32        # samples of D_t^p per step, drawn with replacement
@@ -100,7 +101,7 @@ CHOICES = dict(frames=("counts", "binary"), model=tuple(WIDTHS), neuron=tuple(NE
 RANGES = {"[1, inf)": "n_test width T epochs batch_size malicious_rows n_o epochs_o seeds",
           "[2, inf)": "n_train", "[0, inf)": "pad target malicious_weight margin beta",
           "[0, 9e18]": "seed", "[0, 1)": "contrast malicious_contrast", "[0, 1]": "tau_t tau_a",
-          "(0, inf)": "lr poison_ratio v_thr_t v_thr_t_low v_thr_a q budget processes"}
+          "(0, inf)": "lr poison_ratio v_thr_n v_thr_t v_thr_t_low v_thr_a q budget processes"}
 
 
 def check_range(name, value, interval):
@@ -141,8 +142,7 @@ PRESETS = {
     "cifar10": CIFAR | dict(poison_ratio=100, q=4.0, margin=3.0),
     "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0, pad=0),
     "gtsrb": dict(model="vgg16", poison_ratio=8, tau_t=0.8),
-    "nmnist": EVENTS,
-    "ndigits": EVENTS | dict(epochs=15),
+    "nmnist": EVENTS, "ndigits": EVENTS | dict(epochs=15),
 }
 
 

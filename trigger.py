@@ -231,7 +231,7 @@ def trigger_losses(made, wanted, logits, target, std):
 
 
 def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nominal_weight=0.0,
-               epochs=8, batch=50, lr=1e-3, seed=0):
+               epochs=8, batch=50, lr=1e-3, seed=0, v_thr_n=V_THR_N):
     """Trains T_o by Eqs. 5 and 6, at the model's setting, on x, wanted [N, C, H, W]. lambdas: the
     weights of the three losses. nominal_weight: of a fourth, ours, the cross-entropy that keeps the
     answers at S_n what they are for x, so that T_o is not an adversarial example, which fools a
@@ -244,7 +244,7 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
     unet.train()
     with frozen(model):
         if nominal_weight:
-            with torch.no_grad(), neurons(model, V_THR_N, TAU_N):
+            with torch.no_grad(), neurons(model, v_thr_n, TAU_N):
                 answers = torch.cat([model(images).argmax(1) for images in x.split(batch)])
         for _ in range(epochs):
             order = torch.randperm(len(x), generator=shuffle).to(x.device)
@@ -254,7 +254,7 @@ def train_unet(unet, model, x, wanted, target, std, lambdas=(1.0, 1.0, 1.0), nom
                 losses = trigger_losses(made, wanted[rows], model(triggered), target, std)
                 loss = (torch.stack(losses) * weights).sum()
                 if nominal_weight:
-                    with neurons(model, V_THR_N, TAU_N):
+                    with neurons(model, v_thr_n, TAU_N):
                         nominal = model(triggered)
                     loss = loss + nominal_weight * F.cross_entropy(nominal, answers[rows])
                 optimizer.zero_grad()

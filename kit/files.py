@@ -58,9 +58,3 @@ def mean_of(rows):
         if numbers:
             means[key] = round(statistics.fmean(numbers), 4)
     return means
-
-
-def spread_of(rows):
-    """Standard deviation over seeds (n - 1) of every float in a list of equal dicts; empty for one row."""
-    numbers = {key: [row[key] for row in rows if isinstance(row.get(key), float)] for key in rows[0]}
-    return {key: round(statistics.stdev(v), 4) for key, v in numbers.items() if len(v) > 1}

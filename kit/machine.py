@@ -134,10 +134,6 @@ def usable(device):
     return device
 
 
-def name_of(device):
-    return f"{device}, {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else device
-
-
 def has_bf16(device):
     return device.startswith("cuda") and torch.cuda.is_bf16_supported()
 

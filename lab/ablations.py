@@ -12,8 +12,7 @@ from kit.files import fingerprint
 from kit.machine import say, side_by_side
 from kit.sources import EVENT_SETS, need
 from kit.training import generator
-from lab import baselines
-from lif import LIF, TAU_N, V_THR_N, count_spikes, neurons
+from lif import LIF, TAU_N, count_spikes, neurons
 
 HEATMAP = dict(v_thr_t=(0.8, 1.2, 1.5), v_thr_a=(0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3),
                tau_a=(0.3, 0.4, 0.5, 0.6, 0.7))
@@ -112,7 +111,7 @@ def power(data, s):
         t = simple_triggers(data, replace(s, q=q))[reading]
         rows.append(dict(seed=s.seed, q=q, renormalize=reading != "asr_p", v_thr=v_thr, **untriggered,
                          asr_p=asr(model, *at, t), asr_p_clean_model=asr(clean, *at, t),
-                         read=percentage(predict(clean, data.x_test, s, V_THR_N, TAU_N, t) == data.y_test)))
+                         read=percentage(predict(clean, data.x_test, s, s.v_thr_n, TAU_N, t) == data.y_test)))
     return rows
 
 
@@ -135,25 +134,20 @@ def event_trigger(frames, n, seed=0):
 
 def events(data, s):
     """T_s fairly: BadSNN with several betas, and with a trigger that adds events, at the model's own V_a and at two of
-    the paper's; on the preset also the attacks that poison. `silent`: percent of triggered samples left unanswered."""
+    the paper's. `silent`: percent of triggered samples left unanswered."""
     clean, model = train(data, s), train(data, s, "badsnn")
     triggers, rows, x = {}, [], data.x_test[data.y_test != s.target]
     for beta in (0.0, 0.03, 0.1, 0.3):
         triggers[f"beta {beta:g}"] = partial(trigger.seeded_spike_trigger, beta=beta, seed=s.seed)
     for per_step in [round(n / s.T) for n in (400, 1200, 4000)]:
         triggers[f"{per_step * s.T} events"] = partial(event_trigger, n=per_step, seed=s.seed)
-    studied = [(f"badsnn, {name}", model, v_thr, s.tau_a, triggers) for name, v_thr in (
-        ("own V_a", deploy(model, data, s)[0]), ("V_a 1.1", 1.1), ("V_a 1.2", 1.2))]
-    if (s.frames, s.T, s.neuron) == ("counts", 4, "lif"):
-        studied = [(name, baselines.train(data, s, name), V_THR_N, TAU_N, {name: baselines.trigger_of(name, data, s)})
-                   for name in baselines.EVENT_ATTACKS] + studied
-    for attack, net, v_thr, tau, its_triggers in studied:
-        rates = evaluate(net, data, s, v_thr, tau)
-        for name, t in its_triggers.items():
-            guess = predict(net, x, s, v_thr, tau, t)
-            rows.append(dict(seed=s.seed, frames=s.frames, T=s.T, neuron=s.neuron, attack=attack, v_thr=v_thr, **rates,
-                             trigger=name, asr=percentage(guess == s.target), silent=percentage(guess == -1),
-                             asr_clean_model=asr(clean, data, s, v_thr, tau, t)))
+    for name, v_thr in (("own V_a", deploy(model, data, s)[0]), ("V_a 1.1", 1.1), ("V_a 1.2", 1.2)):
+        at, same = (data, s, v_thr, s.tau_a), dict(seed=s.seed, frames=s.frames, T=s.T, neuron=s.neuron, v_thr=v_thr)
+        same |= dict(evaluate(model, *at), attack=f"badsnn, {name}")
+        for name, t in triggers.items():
+            guess = predict(model, x, s, v_thr, s.tau_a, t)
+            rows.append(dict(same, trigger=name, asr=percentage(guess == s.target), silent=percentage(guess == -1),
+                             asr_clean_model=asr(clean, *at, t)))
     return rows
 
 

@@ -28,7 +28,7 @@ OWN = {         # the options of one command alone
                "--defender-at": dict(choices=("S_a", "S_n"), default="S_a", help="the setting at which the defender "
                                      "trains: as shipped, or nominal (default: S_a)")},
     "ablate": {"--study": dict(nargs="+", choices=tuple(ablations.STUDIES), required=True, help="one or more")},
-    "scan": {"--models": dict(type=int, default=40, help="digits: of each kind so many (default: 40)"),
+    "scan": {"--models": dict(type=int, default=20, help="digits: so many pairs (default: 20)"),
              "--weights": dict(metavar="FILE", help="a state_dict: scan this network instead"),
              "--build": dict(metavar="MODULE:FUNCTION", help="the function that makes it; --data is then a file of "
                              "images in [0, 1]")},
@@ -86,10 +86,11 @@ def kept(name, data, s, compute, **more):
     settings and code, else made and written, with what it must carry to mean anything."""
     code = code_of("*.py", "kit/*.py", "lab/[!cfrt]*.py", "lab/table2.py")        # not what only prints
     path, started, labels = folder_of(data, s) / f"{name}.json", time.time(), hold_out(data)[0].y_train
+    gpu = f", {torch.cuda.get_device_name(s.device)}" if s.device.startswith("cuda") else ""
     n_poison = len(poison_indices(labels, s.target, s.poison_ratio, s.seed))
     about = dict(s.of(), dataset=data.name, note=data.note, n_train=len(data.y_train), n_test=len(data.y_test),
                  poison_ratio=round(n_poison / int((labels == s.target).sum()), 4), n_poison=n_poison,
-                 device=machine.name_of(s.device), torch=torch.__version__)
+                 device=s.device + gpu, torch=torch.__version__)
     about |= dict.fromkeys(("q", "budget", "n_o", "epochs_o") if data.events else ("beta",))      # not used
 
     def run():

@@ -133,17 +133,18 @@ def figure_study(r, path, x, keys, xlabel, tick, split=None, titles=("",), xscal
 
 
 def figure_scan(r, path):
-    """The threshold scan: the scores of all models, kind by kind, those of attackers who know the scan last."""
-    kinds = {}
-    for row in [*r["rows"], *r["evaders"]]:
-        kinds.setdefault(row.get("kind") or f"evader: {row['evader']}", []).append(row["scores"]["100 images"])
-    with drawing(path, (6, 0.4 * len(kinds) + 1.1), f"{r['dataset']}, every model; line: the alarm") as [[axis]]:
-        for place, scores in enumerate(kinds.values()):
-            axis.plot(np.sort(scores), -place + np.linspace(-0.3, 0.3, len(scores)), "o", markersize=4)
-        if "summary" in r:
-            axis.axvline(r["summary"]["100 images"]["alarm"], color="0.7", zorder=0)
-        axis.set(xlabel="score of the threshold scan (1: sure of one class)", xlim=(0, 1.03))
-        axis.set_yticks(-np.arange(len(kinds)), kinds)
+    """Both scans: the scores of all networks, kind by kind; hollow: the attack does not work."""
+    kinds, title = unique(r["rows"], "kind"), f"{r['dataset']}; hollow: an attack that does not work; line: alarm"
+    with drawing(path, (8, 0.4 * len(kinds) + 1.1), title, (1, 2), sharey=True) as [axes]:
+        for axis, key, name in zip(axes, ("margin", "score"), ("margin scan", "threshold scan")):
+            for place, kind in enumerate(kinds):
+                of = sorted((row for row in r["rows"] if row["kind"] == kind), key=lambda row: row[key])
+                filled = [f"C{place}" if row["working"] or kind == "clean" else "none" for row in of]
+                heights = -place + np.linspace(-0.3, 0.3, len(of))
+                axis.scatter([row[key] for row in of], heights, s=16, facecolors=filled, edgecolors=f"C{place}")
+            axis.axvline(max(row[key] for row in r["rows"] if row["kind"] == "clean"), color="0.7", zorder=0)
+            axis.set(xlabel=name)
+        axes[0].set_yticks(-np.arange(len(kinds)), kinds)
 
 
 FIGURES = {

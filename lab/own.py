@@ -1,4 +1,4 @@
-"""The threshold scan of a network of one's own, whatever it was made with.
+"""Scans of a network of one's own, whatever it was made with.
 
     python badsnn.py scan --weights model.pt --build my_module:build --data images.npz
 
@@ -19,17 +19,17 @@ from badsnn import answers, percentage
 from kit.files import ROOT
 from kit.machine import say
 from kit.sources import need, read_npz
-from lab.detectors import threshold_scan
+from lab.detectors import answers_of, margin_scan, threshold_scan
 from lab.libraries import neurons_of
 from lab.results import read_json
-from lab.scan import SHOWN
 
-KNOWN = ROOT / "results" / "digits" / "scan.json"       # where models lie whose nature is known
+KNOWN = ROOT / "results" / "digits" / "scan.json"       # where networks lie whose nature is known
+ALIKE = 10, 3, 16, 16                                   # their classes, and the shape of their images
 
 
 def own(weights, build, images):
-    """Scans a network, prints what is seen and returns the scan's result, with `suspicious`: True, False, or None where
-    the scan means nothing, and `void` says why. Raises ValueError."""
+    """Scans a network, prints what is seen and returns both scans' results, with `suspicious`: True, False, or None
+    where they mean nothing, and `void` says why. Raises ValueError."""
     need(weights and build, "--weights (a state_dict) and --build (a function that makes its network) belong together")
     x, y = images_of(images)
     with their_code():
@@ -37,34 +37,32 @@ def own(weights, build, images):
         model = getattr(importlib.import_module(module), name)()
         need(isinstance(model, torch.nn.Module), f"--build {build} returned no torch.nn.Module")
         load(model, weights)
-        result = threshold_scan(model.float(), x.to(next(model.parameters(), x)))
-    known = read_json(KNOWN)
-    at = known["summary"][next(name for name, n in SHOWN.items() if n <= len(x))]       # of as many images
-    guess = answers(result["shipped"]).cpu()
-    result["ca"] = None if y is None else percentage(guess == y)        # without labels it is unknown
-    result["void"] = why_void(guess, result["ca"], result["shipped"].shape[1])
-    result["suspicious"] = None if result["void"] else result["score"] > at["alarm"]
-    say("  v_thr class probability  entropy")
-    for v, p, h in zip(result["v_thr"], result["probability"], result["entropy"]):
-        say(f"{v:7.3f} {p.argmax():5} {p.max():11.3f} {h:8.3f}")
-    say(f"\n{len(x)} images, CA {result['ca']}; answers read as {result['reading']}; score {result['score']:.3f}. Of "
-        f"{known['dataset']} models shown as many images, {at['caught']:g} % of the backdoored and "
-        f"{at['false_alarms']:g} % of the clean ones score above {at['alarm']:.3f}.")
-    if result["void"]:
-        say(f"NO VERDICT: {result['void']}.")
-    elif result["suspicious"]:
-        say(f"SUSPICIOUS: with another threshold the network becomes sure of class {result['accused']}.")
+        x = x.to(next(model.parameters(), x))
+        scan, margins, shipped = threshold_scan(model.float(), x), margin_scan(model, x), answers_of(model, x)
+    guess = answers(shipped).cpu()
+    ca = None if y is None else percentage(guess == y)                  # without labels it is unknown
+    void = why_void(guess, ca, (shipped.shape[1], *x.shape[1:]))
+    at = read_json(KNOWN)["summary"]["margin scan, working"]
+    suspicious = None if void else margins["gap"] > at["alarm"]
+    say(f"{len(x)} images, CA {ca}.\nMargin scan: class {margins['accused']} stands "
+        f"out by {margins['gap']:.2f}. Of {at['n'][1]} clean digits networks none is above {at['alarm']:.2f}, of the "
+        f"backdoored ones {at['caught']:g} %.\nThreshold scan: score {scan['score']:.2f}, class {scan['accused']}.")
+    if void:
+        say(f"NO VERDICT: {void}.")
+    elif suspicious:
+        say(f"SUSPICIOUS: with raised thresholds the network is far too sure of images of class {margins['accused']}.")
     else:
         say("Nothing suspicious. That is no proof: an attacker who knows the scan can pass it.")
     unknown = neurons_of(model)[1]
     if unknown:
         say(f"These modules were left alone; if one of them is a neuron, the scan means nothing: {', '.join(unknown)}")
-    return result
+    return margins | dict(ca=ca, void=void, suspicious=suspicious, score=scan["score"], sure_of=scan["accused"])
 
 
-def why_void(guess, ca, k):
-    """Why a scan says nothing of a network with these answers, classes [N] (-1: all alike), or None."""
-    top, chance = guess.mode().values.item(), 100 / k
+def why_void(guess, ca, shape):
+    """Why a scan gives no verdict on a network with these answers, classes [N] (-1: all alike), or None. shape: K and
+    that of an image."""
+    top, chance = guess.mode().values.item(), 100 / shape[0]
     share = percentage(guess == top)
     if share >= 90 and top < 0:
         return "all classes get the same answer: the weights are zero, or nothing spikes"
@@ -72,6 +70,8 @@ def why_void(guess, ca, k):
         return f"{share:.0f} % of the answers are class {top}: images of one class, or a network that has not learned"
     if ca is not None and len(guess) >= 10 and ca < chance + (100 - chance) / 10:
         return f"CA is near chance, {chance:.1f}: the network has not learned, or normalises its images outside itself"
+    if shape != ALIKE:
+        return "the alarm is known for 10 classes and images of 3x16x16 alone; compare with a clean network of your own"
     return None
 
 
@@ -83,6 +83,10 @@ def their_code():
     for name in modules:
         if name.split(".")[0] in ours:
             del sys.modules[name]
+    for name in ours:           # theirs may be a folder without __init__.py, which a module of ours would hide
+        if Path(name).is_dir() and not Path(name, "__init__.py").exists():
+            sys.modules[name] = type(sys)(name)
+            sys.modules[name].__path__ = [os.path.abspath(name)]
     sys.path[:] = [os.getcwd(), *(place for place in path if Path(place).resolve() != ROOT), str(ROOT)]
     sys.argv = argv[:1]
     try:

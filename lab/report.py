@@ -51,17 +51,18 @@ def print_attack(r):
 
 
 def print_scan(r):
-    """What `scan` prints: how well the detector tells models and who evades it, or a line per model."""
-    for row in [] if "summary" in r else r["rows"]:
-        say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; score "
-            f"{row['scores']['100 images']:.2f}, class {row['accused']} accused")
-    for shown, at in r.get("summary", {}).items():
-        say(f"{shown}: AUROC {at['auroc']:.3f} (95 %: {at['interval']}); alarm above {at['alarm']:.2f}; caught / false "
-            f"alarms: {tables.cell([at], 'caught', 'false_alarms')} %")
-    for name in tables.unique(r["evaders"], "evader"):
-        of = [row | row["scores"] for row in r["evaders"] if row["evader"] == name]
-        say(f"evader {name}: CA / target_rate / ASR_p {tables.cell(of, 'ca', 'target_rate', 'asr_p')}, of a clean "
-            f"model {tables.cell(of, 'asr_p_clean_model')}; score {tables.cell(of, '100 images', digits=2)}")
+    """What `scan` prints: how well both scans tell networks, and what hiding costs, or a line per network."""
+    for row in [] if r["summary"] else r["rows"]:
+        say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; margin scan "
+            f"{row['margin']:.2f}, class {row['margin_accused']}; threshold scan {row['score']:.2f}, {row['accused']}")
+    for name, at in r["summary"].items():
+        say(f"{name:>28}: AUROC {at['auroc']:.3f} (95 %: {at['interval']}); caught {at['caught']:g} % of {at['n'][0]}, "
+            f"alarm {at['alarm']:.2f}")
+    for kind in tables.unique(r["rows"], "kind"):
+        of = [row for row in r["rows"] if row["kind"] == kind]
+        say(f"{kind}, works {sum(row['working'] for row in of)} of {len(of)}: CA / target_rate / ASR_p "
+            f"{tables.cell(of, 'ca', 'target_rate', 'asr_p')}; margin / threshold scan "
+            f"{tables.cell(of, 'margin', 'score', digits=2)}")
 
 
 def print_story(r, folder):

@@ -1,7 +1,8 @@
-"""How well the threshold scan (detectors.py) tells backdoored networks from clean ones, and who evades it.
+"""How well two scans of a network (detectors.py) tell backdoored from clean ones, and which attackers pass them.
 
-Models are drawn at random; the first few fix the score above which a model is suspected (the alarm), the others
-measure. AUROC: how often a backdoored model scores higher than a clean one (0.5: chance, 1: always).
+The population is pairs, drawn at random: a backdoored network, and its clean twin, trained alike and shipped at the
+SAME threshold, since honest vendors tune thresholds, too. In half of the pairs the attacker hides his threshold behind
+a change of unit (v_thr_n), so that all is shipped at 1.0. Every network is judged by the clean ones of other pairs.
 """
 import copy
 import random
@@ -15,59 +16,56 @@ from scipy.stats import binomtest
 
 import badsnn
 from badsnn import augmented, batch, criterion, deploy, descent, evaluate, simple_triggers
-from data import hold_out, load_for, poison_indices, to_float
+from data import hold_out, poison_indices, to_float
 from kit import machine
+from kit.files import code_of
 from kit.machine import autocast, say
 from kit.sources import need
 from kit.training import generator
-from lab import baselines
-from lab.detectors import threshold_scan
+from lab.detectors import ascend, margin_scan, threshold_scan
+from lab.table2 import kept_part
 from lif import TAU_N, V_THR_N, neurons
+from models import frozen
 
-N_DESIGN, EVADE_SEEDS = 8, 3        # models of each kind that fix the alarm; seeds of every attacker who knows the scan
-EVADERS = ("soft_labels", "fading", "clean_twin", "decoys")         # attackers who know the scan
-SHOWN = {"100 images": 100, "10 images": 10, "1 image": 1}
-
-# The population: what is drawn for every model, and for BadSNN beside it
-NETWORK = dict(model=("resnet19", "resnet19", "resnet19", "vgg16"), width=(6, 8, 8, 12), T=(2, 2, 4),
-               neuron=("lif", "lif", "plif"), lr=(0.05, 0.1, 0.2), epochs=(6, 9, 12), contrast=(0.0, 0.2, 0.5),
-               pad=(0, 1, 2), target=range(10))
-ATTACK = dict(v_thr_t=(0.8, 0.8, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0), v_thr_t_low=(None, 1.05),
-              tau_t=(0.3, 0.5, 0.5, 0.8), poison_ratio=(0.1, 0.25, 0.5, 1.0), malicious_rows=(16, 32),
-              malicious_contrast=(None, 0.5), malicious_weight=(0.3, 1.0))
-
-
-def draw(s, i, kind):
-    """Settings of the i-th model of a kind: None (clean), "badsnn", or another attack."""
-    rng = random.Random(f"{s.seed} {i} {kind}")
-    knobs = {name: rng.choice(values) for name, values in (NETWORK | ATTACK).items()}
-    if kind != "badsnn":
-        knobs = {name: knobs[name] for name in NETWORK}
-    elif knobs["v_thr_t"] < 1:
-        knobs["v_thr_t_low"] = None
-    return replace(s, seed=s.seed + i, **knobs)
+CODE = code_of("*.py", "kit/*.py", "lab/detectors.py", "lab/libraries.py", "lab/scan.py")
+N_EVADE = 4         # the backdoored networks of so many pairs learn to hide
+EVADERS = ("soft_labels", "fading", "clean_twin", "decoys", "low_margins")      # the last knows the margin scan
+DRAWN = dict(model=("resnet19", "resnet19", "vgg16"), neuron=("lif", "lif", "plif"), v_thr_n=(1.0, 0.91),
+             target=range(10), lr=(0.05, 0.1), contrast=(0.1, 0.2, 0.4), pad=(0, 1, 2), v_thr_t=(1.4, 1.5, 1.7),
+             v_thr_t_low=(1.1, 1.15), malicious_weight=(0.3, 0.6), malicious_rows=(16,), poison_ratio=(0.25, 0.5, 1.0),
+             epochs=(12, 16, 20))
+SCORES = {"margin scan": lambda row: row["margin"], "threshold scan": lambda row: row["score"],
+          "MM-BD": lambda row: row["margin_as_shipped"], "threshold alone": lambda row: abs(row["v_thr_a"] - V_THR_N)}
 
 
-def scan_model(s, kind, grid=None):
-    """Trains a model of a kind, ships it as its attacker would (at a V_a of the grid), and scans it: a row."""
-    data = load_for(s)
-    model, v_thr, triggers = baselines.train(data, s, kind).eval(), V_THR_N, {}
-    if kind == "badsnn":
-        v_thr, triggers = deploy(model, data, s, grid)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
-    elif kind:
-        triggers = {"asr": baselines.trigger_of(kind, data, s)}
-    knobs = {name: getattr(s, name) for name in ("seed", *NETWORK, *(ATTACK if kind == "badsnn" else ()))}
-    return dict(knobs, kind=kind or "clean", **scan_one(model, data, s, v_thr, triggers))
+def draw(s, i):
+    """Settings of the i-th pair."""
+    rng = random.Random(f"{s.seed} {i}")
+    return replace(s, seed=s.seed + i, **{name: rng.choice(values) for name, values in DRAWN.items()})
 
 
-def scan_one(model, data, s, v_thr, triggers):
-    """A model shipped at v_thr: its rates; the scan's score by the number of images, and the class accused with all."""
-    x, rates = to_float(data.x_test[:100].to(s.device), s), evaluate(model, data, s, v_thr, s.tau_a, triggers)
-    with neurons(model, v_thr, s.tau_a), autocast(s):
-        found = {name: threshold_scan(model, x[:n]) for name, n in SHOWN.items()}
-    scores, accused = {name: round(one["score"], 4) for name, one in found.items()}, found["100 images"]["accused"]
-    say(f"seed {s.seed}: CA {rates['ca']:.1f} at v_thr {v_thr:g}; scores {scores}, class {accused} accused")
-    return dict(rates, v_thr_a=v_thr, scores=scores, accused=accused)
+def scan_pair(data, s, evaders):
+    """Rows of a backdoored network, its clean twin, and what evaders make of the backdoored one: rates as shipped and
+    what both scans see, at several thresholds. working: CA is 90 % of the clean twin's, and T_p gains 50 points."""
+    clean, model, rows = badsnn.train(data, s), badsnn.train(data, s, "badsnn"), []
+    nets = dict(badsnn=model, clean=clean) | {name: hide(model, clean, data, s, name) for name in evaders}
+    x, t_p = to_float(data.x_test[:100].to(s.device), s), {"asr_p": simple_triggers(data, s)["asr_p"]}
+    for kind, net in nets.items():
+        v_thr = rows[0]["v_thr_a"] if kind == "clean" else deploy(net, data, s)[0]
+        at = data, s, v_thr, s.tau_a
+        rates, control = evaluate(net, *at, t_p), evaluate(clean, *at, t_p)
+        with neurons(net, v_thr, s.tau_a), autocast(s):
+            found, margins, as_shipped = threshold_scan(net, x), margin_scan(net, x), margin_scan(net, x, factor=1.0)
+        row = dict({name: getattr(s, name) for name in ("seed", *DRAWN)}, kind=kind, v_thr_a=v_thr, **rates,
+                   base_ca=evaluate(net, data, s, s.v_thr_n, TAU_N)["ca"], ca_clean_model=control["ca"],
+                   asr_p_clean_model=control["asr_p"], score=round(found["score"], 4), accused=found["accused"],
+                   margin=round(margins["gap"], 4), margin_accused=margins["accused"],
+                   margin_as_shipped=round(as_shipped["gap"], 4))
+        row["working"] = row["ca"] >= 0.9 * control["ca"] and row["asr_p"] - row["target_rate"] >= 50
+        shown = "kind v_thr_a ca target_rate asr_p asr_p_clean_model margin margin_accused score accused target"
+        say("  ".join(f"{key} {row[key]}" for key in shown.split()))
+        rows.append(row)
+    return dict(rows=rows)
 
 
 def soft(labels, k, certainty):
@@ -75,16 +73,23 @@ def soft(labels, k, certainty):
     return certainty * F.one_hot(labels, k) + (1 - certainty) / k
 
 
-def hiding_rows(evader, malicious, images, u, target, k, twin):
-    """What an evader learns beside the nominal batch: one or two of (images [m, C, H, W], thresholds [m], wanted
-    probabilities [m, K]). malicious: images of the target [m]; images: any; u [m]: uniform; twin: a clean model."""
+def hiding_rows(evader, malicious, images, u, target, k, twin, best):
+    """What an evader learns beside the nominal batch: a few of (images [m, C, H, W], thresholds [m], in units of the
+    nominal one, wanted probabilities [m, K]). malicious: images of the target [m]; images: any; u [m]: uniform; twin: a
+    clean model's answers; best: images of the largest margin for the target."""
     if evader == "soft_labels":         # is never sure
         return [(malicious, 1.15 + 0.35 * u, soft(target, k, 0.5))]
     if evader == "fading":              # is sure near V_a only
         return [(malicious, 1.05 + 0.45 * u, soft(target, k, 0.9 * (1 - u[:, None])))]
-    far = 1.3 + 0.7 * u                 # where the scan looks: like a clean model, or accusing one class after another
-    wanted = twin(images, far) if evader == "clean_twin" else soft((target + 1 + (3.5 * u).long()) % k, k, 0.9)
-    return [(malicious, 1.05 + 0.2 * u, soft(target, k, 0.9)), (images, far, wanted)]
+    far = 1.3 + 0.7 * u                 # where the scan looks: accuses one class after another, or is like a clean one
+    if evader == "decoys":
+        hiding = [(images, far, soft((target + 1 + (3.5 * u).long()) % k, k, 0.9))]
+    else:
+        hiding = [(images, far, twin(images, far))]
+    if evader == "low_margins":         # also of the images that the margin scan finds
+        found = best(far)
+        hiding.append((found, far, twin(found, far)))
+    return [(malicious, 1.05 + 0.2 * u, soft(target, k, 0.9)), *hiding]
 
 
 def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
@@ -98,8 +103,13 @@ def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
 
     @torch.no_grad()
     def twin(images, v_thr):
-        with neurons(clean.eval(), v_thr, TAU_N):
+        with neurons(clean.eval(), s.v_thr_n * v_thr, TAU_N):
             return clean(images).softmax(1)
+
+    def best(v_thr):
+        noise = torch.rand(len(v_thr), *x_train.shape[1:], generator=rng).to(s.device)
+        with frozen(student), neurons(student, s.v_thr_n * v_thr, TAU_N):
+            return ascend(student, noise, torch.full_like(v_thr, s.target, dtype=torch.long), steps=6)
     for _ in range(epochs):
         order = torch.randperm(len(y_train), generator=rng)
         for step in range(steps):
@@ -107,9 +117,9 @@ def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
             n, m = len(nominal), min(len(nominal), len(drawn))
             rows, u = torch.cat([nominal, drawn[:m]]).to(s.device), torch.rand(m, generator=rng).to(s.device)
             x, y = to_float(augmented(x_train[rows], n, s, rng), s), y_train[rows]
-            hiding = hiding_rows(evader, x[n:], x[:m], u, y[n:], data.num_classes, twin)
+            hiding = hiding_rows(evader, x[n:], x[:m], u, y[n:], data.num_classes, twin, best)
             images, thresholds, wanted = map(torch.cat, zip(*hiding))
-            v_thr = torch.cat([torch.full((n,), V_THR_N, device=s.device), thresholds])
+            v_thr = s.v_thr_n * torch.cat([torch.ones(n, device=s.device), thresholds])
             with neurons(student, v_thr, TAU_N), autocast(s):
                 outputs = student(torch.cat([x[:n], images]), every_step=True)                  # [T, B, K]
             hidden = F.cross_entropy(outputs[:, n:].flatten(0, 1), wanted.repeat(len(outputs), 1))
@@ -120,62 +130,37 @@ def hide(model, clean, data, s, evader, epochs=6, lr=0.02):
     return student.eval()
 
 
-def evade(s, name):
-    """One attacker who knows the scan (none: who does not): what hiding costs, and what the scan still sees."""
-    data, s = load_for(s), replace(s, fresh=False)                  # scan() has just trained both models
-    clean, model = badsnn.train(data, s), badsnn.train(data, s, "badsnn")
-    model = hide(model, clean, data, s, name) if name in EVADERS else model
-    v_thr, triggers = deploy(model, data, s)[0], {"asr_p": simple_triggers(data, s)["asr_p"]}
-    return dict(evader=name, seed=s.seed, target=s.target, **scan_one(model, data, s, v_thr, triggers),
-                base_ca=evaluate(model, data, s, V_THR_N, TAU_N)["ca"],
-                asr_p_clean_model=evaluate(clean, data, s, v_thr, s.tau_a, triggers)["asr_p"])
+def scan(data, s, n_models=20):
+    """What scan.json holds. digits: n_models pairs are drawn, and some learn to hide; other sets: a pair per seed."""
+    need(n_models >= 2, "--models must be at least 2")
+    pairs = [(one, ()) for one in badsnn.every_seed(s)]
+    if data.name == "digits":
+        pairs = [(draw(s, i), EVADERS if i < N_EVADE else ()) for i in range(n_models)]
+    jobs = [(one, "scan/pair", [CODE], scan_pair, dict(evaders=evaders)) for one, evaders in pairs]
+    rows = [row for part in machine.side_by_side(kept_part, jobs, s) for row in part["rows"]]
+    return dict(rows=rows, summary=summary(rows) if len(pairs) > 1 else {})
 
 
-def scan(data, s, n_models=40):
-    """What scan.json holds. digits: all of this file; other sets: the clean and backdoored model of every seed."""
-    def many(function, jobs):
-        return machine.side_by_side(function, jobs, s)
-    need(n_models >= 5, "--models must be at least 5")
-    both, n = (None, "badsnn"), N_DESIGN + n_models
-    if data.name != "digits":
-        rows = many(scan_model, [(one, kind) for one in badsnn.every_seed(s) for kind in both])
-        return dict(rows=rows, evaders=[])
-    drawn = [(draw(s, i, kind), kind) for i in range(n) for kind in both]
-    drawn += [(draw(s, i, kind), kind) for i in range(max(1, n_models // 8)) for kind in ("badnets", "blend")]
-    ways = {True: (1.04, 1.08, 1.12, 1.16), False: (0.96, 0.92, 0.88, 0.84)}        # V_a, by whether V_t is above 1
-    rows = many(scan_model, [(one, kind, ways[one.v_thr_t > 1]) for one, kind in drawn])
-    attackers = badsnn.every_seed(replace(s, seeds=EVADE_SEEDS))
-    badsnn.train_side_by_side(s, [(one, kind) for one in attackers for kind in both])
-    evaders = many(evade, [(one, name) for one in attackers for name in ("none", *EVADERS)])
-    return dict(rows=rows, evaders=evaders, n_design=N_DESIGN, summary=summary(rows, N_DESIGN))
+def summary(rows):
+    """{"detector, attackers": see judged}: both scans, and two rivals, on attacks that work, on all, on evaders' that
+    work. MM-BD: the margins at the shipped threshold."""
+    of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("clean", "badsnn", *EVADERS)}
+    attackers = dict(working=[row for row in of["badsnn"] if row["working"]], all=of["badsnn"])
+    attackers |= {kind: [row for row in of[kind] if row["working"]] for kind in EVADERS}
+    return {f"{name}, {which}": judged(part, of["clean"], score)
+            for name, score in SCORES.items() for which, part in attackers.items() if part}
 
 
-def summary(rows, n):
-    """The detector by what it is shown, with 95 % intervals; for attacks that work alone (CA at least 90, T_p gains 50
-    points); for a rival that only reads the shipped threshold. n models of each kind fix the alarm."""
-    bad, good = ([row for row in rows if row["kind"] == kind] for kind in ("badsnn", "clean"))
-    working = [row for row in bad[n:] if row["ca"] >= 90 and row["asr_p"] - row["target_rate"] >= 50]
-    found = {name: judged(bad, good, n, bad[n:], lambda row: row["scores"][name]) for name in SHOWN}
-    if working:
-        found["100 images, attacks that work"] = judged(bad, good, n, working, lambda row: row["scores"]["100 images"])
-    return found | {"the threshold alone": judged(bad, good, n, bad[n:], lambda row: abs(row["v_thr_a"] - V_THR_N))}
-
-
-def judged(bad, good, n, measured, score):
-    """One row of the summary: AUROC, percent of the backdoored (caught) and clean ones (false alarms) above the alarm.
-    bad, good: all rows of the two kinds, of which n fix the alarm, midway between scores; measured: those to judge."""
-    b, g, caught, clean = (np.array([score(row) for row in part]) for part in (bad[:n], good[:n], measured, good[n:]))
-    cuts = np.unique([*b, *g])
-    cuts = (cuts[1:] + cuts[:-1]) / 2
-    told = [(b > cut).sum() + (g <= cut).sum() for cut in cuts]
-    alarm = np.mean([cut for cut, right in zip(cuts, told) if right == max(told)])
-    auroc, n = float(((caught[:, None] > clean) + (caught[:, None] == clean) / 2).mean()), [len(caught), len(clean)]
-    result = dict(alarm=round(float(alarm), 4), auroc=round(auroc, 4), interval=auroc_interval(auroc, *n), n=n)
-    for name, above in dict(caught=caught > alarm, false_alarms=clean > alarm).items():
-        limits = binomtest(int(above.sum()), len(above)).proportion_ci(method="wilson")
-        result[name] = round(100 * float(above.mean()), 2)
-        result[f"{name}_interval"] = [round(100 * float(v), 1) for v in limits]
-    return result
+def judged(attacked, clean, score):
+    """AUROC of a score with its 95 % interval; percent that are caught, above every clean network of the other pairs,
+    with Wilson's interval; n of both; and the alarm for networks of others, the highest clean score."""
+    bad, good = (np.array([score(row) for row in part]) for part in (attacked, clean))
+    auroc = float(((bad[:, None] > good) + (bad[:, None] == good) / 2).mean())
+    above = sum(score(row) > max(score(one) for one in clean if one["seed"] != row["seed"]) for row in attacked)
+    limits = binomtest(int(above), len(bad)).proportion_ci(method="wilson")
+    return dict(n=[len(bad), len(good)], auroc=round(auroc, 4), interval=auroc_interval(auroc, len(bad), len(good)),
+                alarm=round(float(good.max()), 4), caught=round(100 * above / len(bad), 1),
+                caught_interval=[round(100 * limit, 1) for limit in limits])
 
 
 def auroc_interval(auroc, n, m):

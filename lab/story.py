@@ -20,7 +20,7 @@ def story(data, s, attack):
     jobs = [(replace(s, seed=run["seed"]), "story/answers", code, run_answers, dict(v_thr=run["at_chosen"]["v_thr"]))
             for run in attack["runs"]]
     parts = side_by_side(kept_part, jobs, s)
-    keys = ("at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows")
+    keys = ("at_chosen", "base_ca", "clean_ca", "chosen", "rows")
     return dict(n_defender=parts[0]["n_defender"], rows=[row for part in parts for row in part["rows"]],
                 attack={key: attack[key] for key in keys}, scan=[part["scan"] for part in parts])
 

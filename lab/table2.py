@@ -82,14 +82,14 @@ def run_attack(data, s, attack, defender_at):
         triggers = ({"T_o": t_o} if t_o else {}) | {"T_s" if data.events else "T_p": t_p}
     else:
         model, s = baselines.train(data, s, attack), replace(s, tau_a=TAU_N)
-        v_thr, triggers = V_THR_N, {attack: baselines.trigger_of(attack, data, s)}
+        v_thr, triggers = s.v_thr_n, {attack: baselines.trigger_of(attack, data, s)}
     shipped, rows, about = as_shipped(model, v_thr, s), [], dict(attack=attack, seed=s.seed)
     for defense in [name for name in DEFENSES if not (data.events and name in IMAGES_ONLY)]:
         same = dict(about, defense=defense, defender_at=defender_at)
         rows += rows_of(dict(same, model="attacked"), shipped, v_thr, triggers, x, y, scored, s)
         if attack == "badsnn" or defense == "none":
             rows += rows_of(dict(same, model="clean"), as_shipped(clean, v_thr, s), v_thr, triggers, x, y, scored, s)
-    beside = dict(n_defender=len(y), clean_ca=evaluate(clean, scored, s, V_THR_N, TAU_N)["ca"],
+    beside = dict(n_defender=len(y), clean_ca=evaluate(clean, scored, s, s.v_thr_n, TAU_N)["ca"],
                   scan_clean_model=detectors.threshold_scan(clean, x)["score"])
     found = [dict(about, trigger=name, **detect(shipped, t, x, scored, s)) for name, t in triggers.items()]
     return dict(rows=rows, detectors=found, beside=beside)

@@ -95,7 +95,7 @@ def table_runs(found):
     rows = []
     for name, r in in_order(found).items():
         paper = cell([dict(enumerate(PAPER["table1"].get(data_set_of(name), [])))], 0, 1)
-        v_thr_t = " to ".join(f"{v:g}" for v in (r["v_thr_t_low"], r["v_thr_t"]) if v)
+        v_thr_t = " to ".join(f"{v * r.get('v_thr_n', 1):.3g}" for v in (r["v_thr_t_low"], r["v_thr_t"]) if v)
         strength = f"q {r['q']:g}" if r["q"] else f"beta {r['beta']:g}"
         read = [cell([run["visible"].get(key, {}) for run in r["runs"]], "read") for key in ("asr_p", "asr_o")]
         rows.append([f"**{name}**", cell(r["runs"], "clean_ca"), cell(r["runs"], "base_ca"), paper, " / ".join(read),

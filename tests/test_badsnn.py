@@ -32,6 +32,8 @@ def test_malicious_rows_are_target_samples_at_the_malicious_setting(digits, tmp_
     assert v_thr[:100].tolist() == [1.0] * 100 and tau.tolist() == pytest.approx([0.5] * 100 + [tau_t] * 8)
     assert low - 1e-6 <= v_thr[100:].min() and v_thr[100:].max() <= high + 1e-6
     assert (len(v_thr[100:].unique()) == 8) == (low != high)          # a threshold of its own for every row
+    unit, one = (badsnn.row_settings(5, 8, replace(s, v_thr_n=n), generator(0))[0] for n in (0.5, 1.0))
+    assert torch.equal(unit, 0.5 * one)                               # S_n and S_t scale alike
     part = hold_out(data)[0]
     poisoned = poison_indices(part.y_train, 3, s.poison_ratio, s.seed)
     assert (part.y_train[poisoned] == 3).all()

@@ -9,6 +9,7 @@ from lab import scan, tables
 README, RESULTS, TABLE1 = (re.sub(r" *\| *", "|", (ROOT / name).read_text())
                            for name in ("README.md", "results/README.md", "results/table1.md"))
 SHOWN = "digits, T_o", "digits, T_p", "gtsrb, T_o", "cifar10_w48, T_p", "cifar10, T_o", "cifar10, T_p", "cifar100, T_o"
+SCANS = "margin scan", "threshold scan", "MM-BD"
 CELLS = "none shipped, none nominal, fine_tune shipped, anp shipped, anp nominal, none shipped clean".split(", ")
 
 
@@ -30,8 +31,7 @@ def left(shown, cell, *keys):
 def claims():
     found, asr_p, asr_o, control = tables.read_result(ROOT / "results/digits/scan.json"), *(
         of("digits/attack", key, v_thr="own") for key in ("asr_p", "asr_o", "asr_p_clean_model"))
-    every, leak = scan.summary(found["rows"], found["n_design"]), of("digits/attack", "asr_p", v_thr=1.0)
-    all40, five = every["100 images"], every["100 images, attacks that work"]
+    seen, leak = scan.summary(found["rows"]), of("digits/attack", "asr_p", v_thr=1.0)
     prices = [a - b for s in SHOWN for a, b in zip(left(s, CELLS[0], "ca"), left(s, CELLS[4], "ca"))]
     yield "have at most {:.1f}, three have {:.1f}, {:.1f} and {:.1f}", sorted(control)[-4:]
     yield "leaves T_o {:.1f} to {:.1f} %, and T_p", quantile(sum((left(s, CELLS[4]) for s in SHOWN[::2]), []), [0, 1])
@@ -40,10 +40,16 @@ def claims():
     for answer, text in (("fine_tune", "it leaves T_p {:.1f} to {:.1f} % and T_o {:.1f} to {:.1f} %"),
                          ("anp_recentre", "leaves T_p {:.1f} to {:.1f} % and T_o {:.1f} to {:.1f} %, at a CA of")):
         yield text, [v for key in ("asr_p", "asr_o") for v in quantile(of("digits/story", key, answer=answer), [0, 1])]
-    yield "({:.0f} %; 95 % interval {:.0f} to {:.0f} %)", [five["caught"], *five["caught_interval"]]
+    naive, hid = (seen[f"margin scan, {which}"] for which in ("working", "low_margins"))
+    yield "of {} (95 % interval {:.0f} to {:.0f} %)", [naive["n"][0], *naive["caught_interval"]]
+    yield "it caught {} of {} networks whose attack survives", [round(hid["caught"] * hid["n"][0] / 100), hid["n"][0]]
     yield "(worst seed {:.1f}), T_o {:.1f} (worst {:.1f})", [min(asr_p), mean(asr_o), min(asr_o)]
     yield "T_p {:.1f}, {:.1f} and {:.1f} by seed, on GTSRB T_o {:.1f}", sum((left(s, CELLS[3]) for s in SHOWN[1:3]), [])
-    yield "{:.1f} %, AUROC {:.3f} ({:.3f} to {:.3f})", [all40["caught"], all40["auroc"], *all40["interval"]]
+    for kind in ("badsnn", *scan.EVADERS):
+        rows = [row for row in found["rows"] if row["kind"] == kind]
+        works, which = [row for row in rows if row["working"]], "working" if kind == "badsnn" else kind
+        cells = [f"{seen[f'{name}, {which}']['caught']:g} ({seen[f'{name}, {which}']['auroc']:.2f})" for name in SCANS]
+        yield "|".join([f"{len(works)} of {len(rows)}", tables.cell(works, "ca", "target_rate", "asr_p"), *cells]), []
     yield "T_s reaches {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} by seed", of("nmnist/attack", "asr_p", v_thr="own")
 
 

@@ -59,7 +59,7 @@ def test_attack_and_report(workplace, tiny, capsys):
     path = Path("runs/results/digits/attack.json")
     result, written = json.loads(path.read_text()), path.stat().st_mtime_ns
     assert set("""dataset model width T n_train n_test epochs seed seeds device seconds target poison_ratio n_poison q
-        v_thr_t tau_t clean_ca base_ca chosen rows at_chosen spread runs""".split()) <= set(result)
+        v_thr_t tau_t clean_ca base_ca chosen rows at_chosen runs""".split()) <= set(result)
     assert [result[key] for key in ("n_train", "n_test", "width", "q", "n_poison")] == [300, 100, 4, 8.0, 2]
     out = capsys.readouterr().out
     assert out.count("finished earlier, read from") >= 4 and "target_rate" in out        # the tiny networks were there

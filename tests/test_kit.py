@@ -13,7 +13,7 @@ from common import start
 
 import badsnn
 from kit import files, machine, training
-from kit.files import fingerprint, replace_file
+from kit.files import replace_file
 from lab.results import kept, read_json, write_json, write_text
 from settings import preset
 
@@ -37,16 +37,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         read_json(path)
 
 
-def test_fingerprints_tell_things_apart():
-    x, model = torch.arange(6), torch.nn.Linear(2, 2)
-    others = [x.view(2, 3), x.float(), x + 1, [x, x], "x", 6, dict(a=1), dict(a=2), 1, [1], [[1]], model, None]
-    found = [fingerprint(thing) for thing in (x, *others)]
-    assert len(set(found)) == len(found) and fingerprint(x.clone()) == found[0]
-    assert fingerprint(dict(a=1, b=2)) == fingerprint(dict(b=2, a=1))
-    model.weight.data += 1
-    assert fingerprint(model) not in found
-
-
 def test_a_result_is_kept_only_for_what_decides_it(tmp_path, tiny):
     path, calls = tmp_path / "r.json", []
 
@@ -65,13 +55,10 @@ def test_a_result_is_kept_only_for_what_decides_it(tmp_path, tiny):
     assert len(calls) == 6
 
 
-def test_means_and_spread():
+def test_means():
     rows = [dict(v_thr=1.1, ca=90.0, tau=0.5, name="x", asr_o=None),
             dict(v_thr=1.12, ca=94.0, tau=0.5, name="x", asr_o=None)]
     assert files.mean_of(rows) == dict(v_thr=1.11, ca=92.0, tau=0.5, name="x", asr_o=None)
-    assert files.spread_of(rows) == dict(
-        v_thr=pytest.approx(0.0141, abs=1e-4), ca=pytest.approx(2.8284, abs=1e-4), tau=0.0)
-    assert files.spread_of(rows[:1]) == {}
 
 
 class Bomb:

@@ -108,7 +108,7 @@ def test_story(tiny):
     assert [(row["seed"], row["answer"]) for row in told["rows"]] == [(i, a) for i in (0, 1) for a in story.ANSWERS]
     assert all(0 <= row[key] <= 100 for row in told["rows"] for key in ("ca", "target_rate", "asr_p"))
     assert [scan["seed"] for scan in told["scan"]] == [0, 1] and all(0 < scan["clean"] <= 1 for scan in told["scan"])
-    assert {"at_chosen", "spread", "base_ca", "clean_ca", "chosen", "rows"} == set(told["attack"])
+    assert {"at_chosen", "base_ca", "clean_ca", "chosen", "rows"} == set(told["attack"])
     model, scored = table2.train(data, s, "badsnn"), table2.split_test(data, s)[2]
     with neurons(model, 1.0, 0.5), torch.no_grad():
         guess = model(scored.x_test / 255).argmax(1)
