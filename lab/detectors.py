@@ -37,13 +37,14 @@ def probabilities(model, x):
 
 
 def check(model, x, *others):
-    """Raises ValueError where a NaN is in a network or in images, since a neuron may turn it into "no spike", and where
-    the answers to images x are no logits: softmax would be sure of no class."""
+    """The logits [N, K] for images x. ValueError where a NaN is in the network or in images, since a neuron may turn it
+    into "no spike", and where the answers are no logits: softmax would be sure of no class."""
     for name, values in (*model.named_parameters(), *model.named_buffers(), *(("the images", x) for x in (x, *others))):
         need(values.isfinite().all(), f"NaN or infinite numbers in {name}: what the network says means nothing")
     answers = answers_of(model, x)
     need(x.dim() == 5 or answers.min() < 0 or answers.max() > 1 and (answers != answers.round()).any(), "the network "
          "answers with probabilities, rates or spike counts; it must answer with what lies before: mean potentials")
+    return answers
 
 
 def entropy(p):
@@ -101,8 +102,7 @@ def margin_scan(model, x, factor=1.5, steps=15, starts=4, seed=0):
 
     A dict: margins [K]; gap: the largest less their median, HIGH is suspicious; accused: whose it is. ValueError.
     """
-    check(model, x)
-    k = answers_of(model, x[:1]).shape[1]
+    k = check(model, x).shape[1]
     classes, margins = torch.arange(k, device=x.device).repeat_interleave(starts), []
     noise = torch.rand(len(classes), *x.shape[1:], generator=generator(seed, "starts of the margin scan")).to(x)
     with frozen(model), scaled(model, factor):
