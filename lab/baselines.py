@@ -99,10 +99,8 @@ def flashy(frames):
 
 
 def train(data, s, attack):
-    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS, or by badsnn.train's own (None, "badsnn")."""
+    """A network attacked by one of IMAGE_ATTACKS or EVENT_ATTACKS."""
     # without loss of contrast, which would hide a faint mark; WaNet without shifts, whose border it would bend
-    if attack in (None, "badsnn"):
-        return badsnn.train(data, s, attack)
     reference = badsnn.train(data, replace(s, fresh=False)) if attack == "clean_label" else None
     s = replace(s, contrast=0.0, malicious_contrast=None, pad=0 if attack == "wanet" else s.pad)
     return badsnn.train(data, s, poison=Poison(attack, data, s, reference))

@@ -47,11 +47,6 @@ def check(model, x, *others):
     return answers
 
 
-def entropy(p):
-    """Of probabilities [..., K]: [...], in nats."""
-    return torch.special.entr(p).sum(-1)
-
-
 @torch.no_grad()
 def strip(model, x, clean, overlays=20, seed=0):
     """STRIP (Gao et al. 2019): mean entropy [B], in nats, of the predictions for x [B, C, H, W] with trusted images
@@ -60,9 +55,9 @@ def strip(model, x, clean, overlays=20, seed=0):
     """
     check(model, clean, x)
     over = torch.randint(len(clean), (len(x), overlays), generator=generator(seed, "STRIP overlays"))
-    entropies = [entropy(probabilities(model, (images[:, None] + clean[rows]).flatten(0, 1)))
-                 for images, rows in zip(x.split(12), over.split(12))]
-    return torch.cat(entropies).view(len(x), overlays).mean(1)
+    p = torch.cat([probabilities(model, (images[:, None] + clean[rows]).flatten(0, 1))
+                   for images, rows in zip(x.split(12), over.split(12))])
+    return torch.special.entr(p).sum(1).view(len(x), overlays).mean(1)
 
 
 def spike_deviation(model, x, clean):

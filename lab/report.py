@@ -9,13 +9,10 @@ SHIPPED, READ = ROOT / "results", {*FIGURES, "defend"}      # the repository's o
 TEXT1 = """In percent. CA: test samples answered right. target_rate, ASR_p, ASR_o: samples of other classes answered as
 the target without trigger, with T_p (events: T_s), with T_o. Clean model: without backdoor, same threshold and trigger;
 it reads: triggered samples it answers right, at 1.0. Own: the V_a of each seed, chosen on held-out samples; other V_a
-and the last column, CA / ASR_p / ASR_o: the paper's. Mean ± standard deviation over seeds, or every seed where that is
-as large as the mean; of more than 5 median and range."""
-TEXT2 = """CA / ASR / target_rate ([Table 1](table1.md)) after each defence, at the threshold behind an attack's name.
-Brackets: the attack was not learned (ASR below 50). †: CA fell below half of what it is without the defence.
-Set back: to 1.0 after the defence. Clean model: without backdoor, but shipped and repaired alike. Last column,
-without a defence: AUROC of STRIP and of the spike count; score of the threshold scan (1: suspicious); does it
-accuse the target (1)?"""
+and the last column, CA / ASR_p / ASR_o: the paper's."""
+TEXT2 = """CA / ASR / target_rate (see [Table 1](table1.md)) after each defence, at the threshold behind an attack. Set
+back: to 1.0 after it. Brackets: not learned (ASR below 50). †: CA fell below half. Last column, without a defence:
+AUROC of STRIP and of the spike count; score of the threshold scan (1: suspicious); does it accuse the target (1)?"""
 
 
 def report(results, publish=False):
@@ -51,13 +48,10 @@ def print_attack(r):
 
 
 def print_scan(r):
-    """What `scan` prints: how well both scans tell networks, and what hiding costs, or a line per network."""
-    for row in [] if r["summary"] else r["rows"]:
-        say(f"{row['kind']}, seed {row['seed']}: CA {row['ca']:.1f}, shipped at {row['v_thr_a']:g}; margin scan "
-            f"{row['margin']:.2f}, class {row['margin_accused']}; threshold scan {row['score']:.2f}, {row['accused']}")
+    """What `scan` prints: how well both scans tell networks, and what hiding costs."""
     for name, at in r["summary"].items():
-        say(f"{name:>28}: AUROC {at['auroc']:.3f} (95 %: {at['interval']}); caught {at['caught']:g} % of {at['n'][0]}, "
-            f"alarm {at['alarm']:.2f}")
+        say(f"{name:>28}: AUROC {at['auroc']:.3f}; caught {at['caught']:g} % of {at['n'][0]} (95 %: "
+            f"{at['caught_interval']}), alarm {at['alarm']:.2f}")
     for kind in tables.unique(r["rows"], "kind"):
         of = [row for row in r["rows"] if row["kind"] == kind]
         say(f"{kind}, works {sum(row['working'] for row in of)} of {len(of)}: CA / target_rate / ASR_p "

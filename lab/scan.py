@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
 from scipy.stats import binomtest
 
 import badsnn
@@ -152,22 +151,11 @@ def summary(rows):
 
 
 def judged(attacked, clean, score):
-    """AUROC of a score with its 95 % interval; percent that are caught, above every clean network of the other pairs,
-    with Wilson's interval; n of both; and the alarm for networks of others, the highest clean score."""
+    """AUROC of a score; percent that are caught, above every clean network of the other pairs, with Wilson's 95 %
+    interval; n of both; and the alarm for networks of others, the highest clean score."""
     bad, good = (np.array([score(row) for row in part]) for part in (attacked, clean))
     auroc = float(((bad[:, None] > good) + (bad[:, None] == good) / 2).mean())
     above = sum(score(row) > max(score(one) for one in clean if one["seed"] != row["seed"]) for row in attacked)
     limits = binomtest(int(above), len(bad)).proportion_ci(method="wilson")
-    return dict(n=[len(bad), len(good)], auroc=round(auroc, 4), interval=auroc_interval(auroc, len(bad), len(good)),
-                alarm=round(float(good.max()), 4), caught=round(100 * above / len(bad), 1),
-                caught_interval=[round(100 * limit, 1) for limit in limits])
-
-
-def auroc_interval(auroc, n, m):
-    """95 % interval of an AUROC from n and m scores (Newcombe 2006, method 5); it has a width at 1."""
-    def beyond(value):
-        more = ((n + m) / 2 - 1) * ((1 - value) / (2 - value) + value / (1 + value))
-        return abs(value - auroc) - 1.96 * np.sqrt(value * (1 - value) * (1 + more) / (n * m))
-    low = brentq(beyond, 0, auroc - 1e-9) if auroc > 0 else 0.0
-    high = brentq(beyond, auroc + 1e-9, 1) if auroc < 1 else 1.0
-    return [round(low, 4), round(high, 4)]
+    return dict(n=[len(bad), len(good)], auroc=round(auroc, 4), alarm=round(float(good.max()), 4),
+                caught=round(100 * above / len(bad), 1), caught_interval=[round(100 * limit, 1) for limit in limits])

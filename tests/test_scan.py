@@ -39,17 +39,6 @@ def test_the_detectors_numbers_by_hand():
     assert (every["caught"], hiding["caught"], rival["auroc"]) == (60.0, 0.0, 0.5)
 
 
-@pytest.mark.parametrize("auroc, n, m", [(0.9987, 40, 40), (0.8, 12, 30), (0.5, 9, 9), (1.0, 5, 40), (0.0, 5, 5)])
-def test_the_interval_of_an_auroc(auroc, n, m):
-    """Hanley and McNeil's standard error holds at its ends, with both numbers replaced by their mean."""
-    low, high = scan.auroc_interval(auroc, n, m)
-    for a in (low, high):
-        q1, q2, many = a / (2 - a), 2 * a * a / (1 + a), (n + m) / 2
-        variance = (a * (1 - a) + (many - 1) * (q1 + q2 - 2 * a * a)) / (n * m)
-        assert a in (0, 1) or abs(a - auroc) == pytest.approx(1.96 * variance ** 0.5, abs=1e-3)
-    assert 0 <= low <= auroc <= high <= 1 and low < high
-
-
 def test_evaders_make_rows_that_fit():
     malicious, images = torch.rand(2, 6, 3, 8, 8)
     u, target = torch.linspace(0, 1, 6), torch.full((6,), 9)
