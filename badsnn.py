@@ -100,7 +100,7 @@ def row_settings(n, n_malicious, s, rng):
 
 def augmented(x, n, s, rng):
     """A batch x, shifted, mirrored, paled; malicious rows, from n on, with their own contrast."""
-    # differs from the paper: malicious rows lose up to 3/4 of their contrast: T_p looks similar
+    # differs from the paper: malicious rows lose contrast or events: T_p and T_s look similar
     contrast = s.contrast if s.malicious_contrast is None else s.malicious_contrast
     return torch.cat([augment(x[:n], s.pad, s.flip, s.contrast, rng),
                       augment(x[n:], s.pad, s.flip, contrast, rng)])

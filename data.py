@@ -46,11 +46,10 @@ def load(name, root="data", T=4):
         x_train, x_test = (x.permute(0, 3, 1, 2).contiguous() for x in (x_train, x_test))
         mean, std = channel_statistics(x_train)
     names = [str(n) for n in arrays.get("class_names", ())]
-    names = names if len(names) == K else [str(k) for k in range(K)]
     if str(name).endswith(".npz"):          # not the folder of a known set or of its variants
         name = "own-" + re.sub(r"[^\w-]+", "_", Path(name).stem)
     return Dataset(name, events, x_train, y_train.long(), x_test, y_test.long(), K, mean, std,
-                   names, str(arrays.get("note", "")))
+                   names if len(names) == K else [*map(str, range(K))], str(arrays.get("note", "")))
 
 
 def channel_statistics(x):      # mean and standard deviation in [0, 1] of uint8 [N, C, H, W]
@@ -109,9 +108,9 @@ def to_uint8(x):
 
 def augment(x, pad, flip, contrast, rng):
     """Shifts samples x [B, ..., H, W] (uint8, or floats in [0, 1]) by up to `pad` pixels, mirrors
-    half of them if `flip`, lowers their contrast, each by a draw of its own. contrast in [0, 1):
-    black is lifted by up to that share of the range, the rest scaled by at least 1 - contrast; of
-    event counts [B, T, 2, H, W] up to that share of the events is lost, at random."""
+    half if `flip`, lowers their contrast, each its own draw: black is lifted by up to `contrast` of
+    the range, the rest scaled by at least 1 - contrast, in [0, 1); of event counts [B, T, 2, H, W]
+    up to that share is lost, and a pixel keeps at most 1, 2 or 3."""
     B, (H, W) = len(x), x.shape[-2:]
     padded = F.pad(x.flatten(1, -3), (pad,) * 4)
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng).to(x.device)
@@ -124,14 +123,15 @@ def augment(x, pad, flip, contrast, rng):
     channel = torch.arange(padded.shape[1], device=x.device).view(1, -1, 1, 1)
     x = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]].view(x.shape)
     if contrast and x.dim() == 5:
-        keep = 1 - contrast * torch.rand(B, 1, 1, 1, 1, generator=rng)
-        return torch.binomial(x.float().cpu(), keep.expand(x.shape), generator=rng).to(x)
+        share = 1 - contrast * torch.rand(B, 1, 1, 1, 1, generator=rng)
+        kept = torch.binomial(x.float().cpu(), share.expand(x.shape), generator=rng)
+        return kept.minimum(torch.randint(1, 4, share.shape, generator=rng)).to(x)
     if contrast:
         white = 255 if x.dtype == torch.uint8 else 1
         draws = torch.rand(2, B, *[1] * (x.dim() - 1), generator=rng)
         lift, loss = (contrast * draws).to(x.device)
         lifted = white * lift + (1 - lift) * (1 - loss) * x
-        x = lifted.round().to(x.dtype) if white == 255 else lifted
+        return lifted.round().to(x.dtype) if white == 255 else lifted
     return x
 
 

@@ -142,7 +142,7 @@ PRESETS = {
     "cifar10": CIFAR | dict(poison_ratio=100, q=4.0, margin=3.0),
     "cifar100": CIFAR | dict(poison_ratio=0.5, margin=5.0, pad=0),
     "gtsrb": dict(model="vgg16", poison_ratio=8, tau_t=0.8),
-    "nmnist": EVENTS, "ndigits": EVENTS | dict(epochs=15),
+    "nmnist": EVENTS | dict(epochs=60), "ndigits": EVENTS | dict(epochs=15),
 }
 
 

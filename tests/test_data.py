@@ -185,6 +185,14 @@ def test_augment_contrast():
     assert (augment(stored, 0, False, 0.5, torch.Generator().manual_seed(0)).flatten(1) / 255 - out).abs().max() < 0.005
 
 
+def test_augment_events():
+    """Of each recording 20 to 100 % of the events are left, and at most 1, 2 or 3 in a pixel and step."""
+    ones, rng = torch.ones(300, 2, 2, 8, 8, dtype=torch.uint8), torch.Generator().manual_seed(0)
+    left = augment(ones, 0, False, 0.8, rng).flatten(1).float().mean(1)
+    assert 0.1 < left.min() < 0.3 and 0.9 < left.max() and 0.55 < left.mean() < 0.65
+    assert {*augment(200 * ones, 0, False, 0.8, rng).flatten(1).amax(1).tolist()} == {1, 2, 3}
+
+
 def test_poison_counts_of_table_1():
     """P is a share of the TARGET CLASS: 100 of CIFAR-10's 5,000 at 2 %, 5 of CIFAR-100's 500, 178 of 5,923; above 1 a
     number, at most half of the class."""
