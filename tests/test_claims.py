@@ -51,6 +51,7 @@ def claims():
         cells = [f"{seen[f'{name}, {which}']['caught']:g} ({seen[f'{name}, {which}']['auroc']:.2f})" for name in SCANS]
         yield "|".join([f"{len(works)} of {len(rows)}", tables.cell(works, "ca", "target_rate", "asr_p"), *cells]), []
     yield "T_s reaches {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} by seed", of("nmnist/attack", "asr_p", v_thr="own")
+    yield "at a V_a of 1.15 T_s has {:.1f} to {:.1f}", quantile(of("nmnist/attack", "asr_p", v_thr=1.15), [0, 1])
 
 
 def test_prose_and_tables():
