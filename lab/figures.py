@@ -41,19 +41,17 @@ def titled(r, more):
 
 def curves(axis, x, rows, keys, point=None, trigger="T_p", **labels):
     """row[key] over row[x] for each of the keys, as LOOKS has them: means of rows with equal x, a band from the lowest
-    to the highest of these. point: a row that every line goes through, with a circle."""
+    to the highest of these. point: a row of its own, as circles."""
     axis.set(**dict(ylabel="percent of test samples", ylim=(-4, 104)) | labels)
     for key in keys:
         name, style, color = LOOKS[key]
         places = sorted({row[x] for row in rows if key in row})
         known = [[row[key] for row in rows if row[x] == place and key in row] for place in places]
         axis.fill_between(places, [min(v) for v in known], [max(v) for v in known], color=color, alpha=0.1, linewidth=0)
-        line = {place: np.mean(values) for place, values in zip(places, known)}
-        if point:       # in the place of a threshold of the curve that is nearly the same
-            line = {place: value for place, value in line.items() if abs(place - point[x]) > 0.005}
-            line[point[x]] = point[key]
+        if point:
             axis.plot(point[x], point[key], "o", markersize=11, markerfacecolor="none", color=color)
-        axis.plot(*zip(*sorted(line.items())), style, color=color, markersize=4, label=name.replace("T_p", trigger))
+        means = [np.mean(values) for values in known]
+        axis.plot(places, means, style, color=color, markersize=4, label=name.replace("T_p", trigger))
     bands = "bands: range of seeds" if len(known[0]) > 1 else None
     axis.legend(title=bands, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
 
@@ -67,7 +65,7 @@ def figure_attack(r, path):
     with drawing(path, (5.4 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
         for axis, key in zip(axes, panels):
             keys = "ca", "target_rate", key, f"{key}_clean_model"
-            curves(axis, "v_thr", rows, keys, at, "T_p" if r["q"] else "T_s", xlabel="V_a; circles: as shipped")
+            curves(axis, "v_thr", rows, keys, at, "T_p" if r["q"] else "T_s", xlabel="V_a; circles: as shipped, each at its own V_a")
 
 
 def figure_triggers(folder):
