@@ -65,7 +65,7 @@ def figure_attack(r, path):
     with drawing(path, (5.4 * len(panels), 3.1), title, (1, len(panels))) as [axes]:
         for axis, key in zip(axes, panels):
             keys = "ca", "target_rate", key, f"{key}_clean_model"
-            curves(axis, "v_thr", rows, keys, at, "T_p" if r["q"] else "T_s", xlabel="V_a; circles: as shipped, each at its own V_a")
+            curves(axis, "v_thr", rows, keys, at, "T_p" if r["q"] else "T_s", xlabel="V_a; circles: each at its own")
 
 
 def figure_triggers(folder):
