@@ -40,6 +40,8 @@ def claims():
     for answer, text in (("fine_tune", "it leaves T_p {:.1f} to {:.1f} % and T_o {:.1f} to {:.1f} %"),
                          ("anp_recentre", "leaves T_p {:.1f} to {:.1f} % and T_o {:.1f} to {:.1f} %, at a CA of")):
         yield text, [v for key in ("asr_p", "asr_o") for v in quantile(of("digits/story", key, answer=answer), [0, 1])]
+    tuned = left("digits_nominal_defender, T_o", CELLS[2], "ca")
+    yield "T_o 100.0 on every seed and a CA of {:.1f}, {:.1f} and {:.1f}", tuned
     naive, hid = (seen[f"margin scan, {which}"] for which in ("working", "low_margins"))
     yield "of {} (95 % interval {:.0f} to {:.0f} %)", [naive["n"][0], *naive["caught_interval"]]
     yield "it caught {} of {} networks whose attack survives", [round(hid["caught"] * hid["n"][0] / 100), hid["n"][0]]
