@@ -108,9 +108,9 @@ def to_uint8(x):
 
 def augment(x, pad, flip, contrast, rng):
     """Shifts samples x [B, ..., H, W] (uint8, or floats in [0, 1]) by up to `pad` pixels, mirrors
-    half if `flip`, lowers their contrast, each its own draw: black is lifted by up to `contrast` of
-    the range, the rest scaled by at least 1 - contrast, in [0, 1); of event counts [B, T, 2, H, W]
-    up to that share is lost, and a pixel keeps at most 1, 2 or 3."""
+    half if `flip`, lowers their contrast, each by its own draw. contrast, in [0, 1): black is
+    lifted by up to that share of the range, the rest scaled by at least 1 - contrast; of event
+    counts [B, T, 2, H, W] up to that share is lost, and a pixel keeps at most 1, 2 or 3."""
     B, (H, W) = len(x), x.shape[-2:]
     padded = F.pad(x.flatten(1, -3), (pad,) * 4)
     dy, dx = torch.randint(2 * pad + 1, (2, B), generator=rng).to(x.device)

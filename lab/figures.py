@@ -50,8 +50,7 @@ def curves(axis, x, rows, keys, point=None, trigger="T_p", **labels):
         axis.fill_between(places, [min(v) for v in known], [max(v) for v in known], color=color, alpha=0.1, linewidth=0)
         if point:
             axis.plot(point[x], point[key], "o", markersize=11, markerfacecolor="none", color=color)
-        means = [np.mean(values) for values in known]
-        axis.plot(places, means, style, color=color, markersize=4, label=name.replace("T_p", trigger))
+        axis.plot(places, [*map(np.mean, known)], style, color=color, markersize=4, label=name.replace("T_p", trigger))
     bands = "bands: range of seeds" if len(known[0]) > 1 else None
     axis.legend(title=bands, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
 

@@ -29,10 +29,8 @@ def run_answers(data, s, v_thr):
     """What a defender can do about one seed's network, shipped at v_thr: rows, scan, and how many images it takes."""
     s, (x, y, scored) = replace(s, fresh=False), split_test(data, s)     # attack() has trained these
     clean, model = train(data, s), train(data, s, "badsnn")
-    triggers = dict(asr_p=simple_triggers(data, s)["asr_p"])
     t_o = None if data.events else train_trigger(model, data, s, v_thr)[0]
-    if t_o:
-        triggers["asr_o"] = t_o
+    triggers = {"asr_p": simple_triggers(data, s)["asr_p"]} | ({"asr_o": t_o} if t_o else {})
     rows, shipped = [], as_shipped(model, v_thr, s)
     pruned, centred = repair("anp", shipped, x, y, s), defenses.recentre(shipped, x)
     middle = next(m.v_thr for m in centred.modules() if isinstance(m, LIF))
